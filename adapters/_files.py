@@ -1,0 +1,148 @@
+"""Atomic publishing: an output directory or file exists complete, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from austeer.adapters._errors import OutputError
+
+
+def check_output_free(out: Path) -> None:
+    """Refuse an output path that exists and is not an empty directory.
+
+    Raises:
+        OutputError: the path is taken.
+    """
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        what = "a directory that is not empty" if out.is_dir() else "an existing file"
+        raise OutputError(
+            f"{out}: expected a new or empty directory, found {what}; "
+            "remove it or choose another"
+        )
+
+
+@contextmanager
+def publish_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `out`; on a clean exit sync it and rename it to `out`.
+
+    After any exception the temporary is removed and `out` is untouched.
+
+    Raises:
+        OutputError: `out` is taken, or the filesystem refuses (full, read-only).
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link
+    check_output_free(out)
+    with _as_output_error(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        with _as_output_error(out):
+            yield work
+            _sync_tree(work)
+            work.chmod(0o777 & ~_umask())
+            work.replace(out)
+            _sync_path(out.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def publish_file(out: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `out`; on a clean exit sync it and rename it to `out`.
+
+    Raises:
+        OutputError: the filesystem refuses.
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link
+    if out.is_dir():
+        raise OutputError(
+            f"{out}: expected a file name, found a directory; choose another name"
+        )
+    with _as_output_error(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
+    os.close(handle)
+    work = Path(name)
+    try:
+        with _as_output_error(out):
+            yield work
+            work.chmod(0o666 & ~_umask())
+            _sync_path(work)
+            work.replace(out)
+            _sync_path(out.parent)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as sorted, indented JSON (UTF-8, newline at the end)."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _as_output_error(out: Path) -> Iterator[None]:
+    """Turn the filesystem's refusals into one line; libraries hide them in their own errors."""
+    try:
+        yield
+    except Exception as error:
+        reason = _filesystem_refusal(error)
+        if reason is None:
+            raise
+        raise OutputError(
+            f"{out}: cannot write the output: {reason}; nothing was left behind"
+        ) from error
+
+
+def _filesystem_refusal(error: BaseException) -> str | None:
+    refusals = {
+        errno.ENOSPC: "no space left on the device; free some or choose another disk",
+        errno.EDQUOT: "disk quota exceeded; free some or choose another disk",
+        errno.EROFS: "the filesystem is read-only; choose another place",
+        errno.EACCES: "permission denied; choose another place",
+        errno.EPERM: "operation not permitted; choose another place",
+        errno.EFBIG: "file too large for this filesystem or limit",
+        errno.ENOTDIR: "a parent of it is a file; choose another place",
+        errno.EEXIST: "a file is in the way; choose another place",
+        errno.ENOTEMPTY: "something else was written there meanwhile; choose another place",
+        errno.ENAMETOOLONG: "the name is too long; choose another",
+    }
+    if isinstance(error, OSError) and error.errno in refusals:
+        return refusals[error.errno]
+    text = str(error)
+    # safetensors and protobuf writers report the errno only inside their message.
+    if "No space left on device" in text or "os error 28" in text:
+        return refusals[errno.ENOSPC]
+    return None
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            _sync_path(Path(folder) / name)
+        _sync_path(Path(folder))
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,395 @@
+"""`SteeringAdapter`: steered units, their gains and predictors; saved, loaded, attached."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from austeer.adapters._errors import AdapterError, SiteError
+from austeer.adapters._files import publish_directory
+from austeer.adapters.architectures import Architecture, architecture_of
+from austeer.adapters.config import AdapterConfig, Strength
+from austeer.adapters.fingerprint import ReadTensor, fingerprint, module_reader
+from austeer.adapters.predictor import Predictor
+from austeer.adapters.sites import Component, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREDICTOR_PARTS = ("V", "b", "U")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SteeredSite:
+    """The steered units of one site.
+
+    Attributes:
+        site: where.
+        index: unit numbers, unique.
+        gamma: γ of each unit; gain = 1 + γ.
+        predictor: makes γ depend on the token, for strength `adaptive`.
+
+    Raises:
+        SiteError: duplicate or negative units, lengths that differ, non-finite γ.
+    """
+
+    site: Site
+    index: Int[np.ndarray, " k"]
+    gamma: Float[np.ndarray, " k"]
+    predictor: Predictor | None = None
+
+    def __post_init__(self) -> None:
+        if self.index.ndim != 1 or self.index.shape != self.gamma.shape or not len(self.index):
+            raise SiteError(
+                f"{self.site}: expected as many gammas as units, at least one, "
+                f"got {self.gamma.shape} and {self.index.shape}"
+            )
+        values, counts = np.unique(self.index, return_counts=True)
+        if counts.max() > 1:
+            raise SiteError(
+                f"{self.site}: unit {values[counts.argmax()]} is given {counts.max()} times; "
+                "name each unit once"
+            )
+        if values[0] < 0:
+            raise SiteError(f"{self.site}: unit {values[0]} is negative; units count from 0")
+        if not np.isfinite(self.gamma).all():
+            raise SiteError(f"{self.site}: expected finite gammas, found NaN or infinity")
+        if self.predictor is not None and len(self.predictor.V) != len(self.index):
+            raise SiteError(
+                f"{self.site}: predictor for {len(self.predictor.V)} units, "
+                f"site has {len(self.index)}"
+            )
+
+    def check_width(self, width: int) -> None:
+        """Refuse units that the model does not have.
+
+        Raises:
+            SiteError: a unit number ≥ `width`.
+        """
+        worst = int(self.index.max())
+        if worst >= width:
+            raise SiteError(
+                f"{self.site}: unit {worst} outside width {width}; "
+                "was the adapter made for another model?"
+            )
+
+
+class SteeringAdapter:
+    """A set of steered sites together with the description of their base model.
+
+    Args:
+        config: description; `components`, `k` and `rank` must agree with the sites.
+        sites: steered sites, each once.
+
+    Raises:
+        AdapterError: config and sites disagree.
+    """
+
+    def __init__(self, config: AdapterConfig, sites: Sequence[SteeredSite]) -> None:
+        self.config = config
+        self.sites = tuple(
+            sorted(sites, key=lambda steered: (steered.site.layer, steered.site.component))
+        )
+        _check_consistent(config, self.sites)
+
+    @classmethod
+    def from_units(
+        cls,
+        model: PreTrainedModel,
+        component: str | Component,
+        layers: Sequence[int],
+        units: Sequence[int],
+        gamma: Sequence[float],
+    ) -> SteeringAdapter:
+        """Build an adapter by hand: γ[j] for unit units[j] of layer layers[j].
+
+        Raises:
+            SiteError: lengths differ, unknown layers or units, duplicates, non-finite γ.
+            ModelError: the model's architecture is not supported.
+        """
+        if not len(layers) == len(units) == len(gamma):
+            raise SiteError(
+                "from_units: expected equally many layers, units and gammas, "
+                f"got {len(layers)}, {len(units)}, {len(gamma)}"
+            )
+        kind = _component(component)
+        layer, unit = np.asarray(layers, np.int64), np.asarray(units, np.int64)
+        values = np.asarray(gamma, np.float32)
+        sites = []
+        for number in np.unique(layer):
+            rows = np.flatnonzero(layer == number)
+            rows = rows[np.argsort(unit[rows], kind="stable")]
+            sites.append(SteeredSite(Site(int(number), kind), unit[rows], values[rows]))
+        return cls.from_sites(model, sites, Strength.FITTED)
+
+    @classmethod
+    def from_sites(
+        cls,
+        model: PreTrainedModel,
+        sites: Sequence[SteeredSite],
+        strength: Strength,
+        alpha: float | None = None,
+        fit: dict[str, Any] | None = None,
+    ) -> SteeringAdapter:
+        """Describe `sites` of `model` as an adapter.
+
+        Raises:
+            SiteError: a site or unit that the model does not have.
+            ModelError: the model's architecture is not supported.
+        """
+        if not sites:
+            raise SiteError("adapter: expected at least one steered unit, got none")
+        architecture = architecture_of(model.config.model_type)
+        read = module_reader(model)
+        check_sites(sites, architecture, model.config.num_hidden_layers, read)
+        config = AdapterConfig(
+            base_model_name_or_path=str(getattr(model, "name_or_path", "") or ""),
+            revision=getattr(model.config, "_austeer_revision", None),
+            base_model_fingerprint=fingerprint(architecture, [s.site for s in sites], read),
+            model_type=architecture.model_type,
+            components=tuple(sorted({s.site.component for s in sites})),
+            strength=strength,
+            alpha=alpha,
+            k=sum(len(s.index) for s in sites),
+            rank=max(s.predictor.rank if s.predictor else 0 for s in sites),
+            fit=fit or {},
+        )
+        return cls(config, sites)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None
+    ) -> SteeringAdapter:
+        """Load an adapter from a directory or the Hub.
+
+        Raises:
+            AdapterError: not an adapter, malformed, unknown version or key.
+        """
+        folder = _local_folder(str(name_or_path), revision)
+        config = AdapterConfig.load(folder)
+        return cls(config, _read_sites(folder / WEIGHTS_NAME))
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config, weights and model card to a new directory, atomically.
+
+        Raises:
+            OutputError: the directory exists and is not empty, or cannot be written.
+        """
+        with publish_directory(Path(folder)) as work:
+            self.write_files(work)
+        return Path(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """Write the adapter's files into an existing directory."""
+        from safetensors.numpy import save_file
+
+        from austeer.adapters.card import adapter_card
+
+        self.config.save(folder)
+        save_file(self.tensors(), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / "README.md").write_text(adapter_card(self.config), encoding="utf-8")
+
+    def push_to_hub(self, repo: str, private: bool | None = None) -> str:
+        """Upload the adapter to the Hub (needs a login); returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as work:
+            self.write_files(Path(work))
+            return str(api.upload_folder(repo_id=repo, folder_path=work))
+
+    def tensors(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+        """Tensors of `adapter_model.safetensors` by name."""
+        found: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
+        for steered in self.sites:
+            key = steered.site.key
+            found[f"{key}.index"] = steered.index.astype(np.int64)
+            found[f"{key}.gamma"] = steered.gamma.astype(np.float32)
+            if steered.predictor is not None:
+                for part in _PREDICTOR_PARTS:
+                    found[f"{key}.{part}"] = np.ascontiguousarray(
+                        getattr(steered.predictor, part), np.float32
+                    )
+        return found
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture row of the base model."""
+        return architecture_of(self.config.model_type)
+
+    def check_base(self, read: ReadTensor, num_layers: int, force: bool = False) -> None:
+        """Refuse a base model that has other weights, too few layers or too few units.
+
+        Args:
+            read: gives the base model's tensors by module name.
+            num_layers: layers of the base model.
+            force: accept other weights (never missing layers or units).
+
+        Raises:
+            AdapterError: fingerprints differ; the message shows both.
+            SiteError: a site or unit that the base does not have.
+        """
+        check_sites(self.sites, self.architecture, num_layers, read)
+        found = fingerprint(self.architecture, [s.site for s in self.sites], read)
+        if found != self.config.base_model_fingerprint and not force:
+            raise AdapterError(
+                "adapter for another base model: made for "
+                f"{self.config.base_model_name_or_path!r} with fingerprint "
+                f"{self.config.base_model_fingerprint}, this model has {found}; "
+                "use the right base or --force"
+            )
+
+    @contextmanager
+    def attached(
+        self, model: PreTrainedModel, scale: float = 1.0, *, force: bool = False
+    ) -> Iterator[None]:
+        """Steer a live model inside the context, at `scale` times the fitted strength.
+
+        The hooks are removed on exit, also after an exception.
+
+        Raises:
+            AdapterError: the model is not the adapter's base (unless `force`).
+            SiteError: a site or unit that the model does not have.
+        """
+        from austeer.adapters.attach import steering_hooks
+
+        if model.config.model_type != self.config.model_type:
+            raise AdapterError(
+                f"adapter for a {self.config.model_type} model, this one is "
+                f"{model.config.model_type}; use the right base"
+            )
+        self.check_base(module_reader(model), model.config.num_hidden_layers, force)
+        with steering_hooks(model, self.architecture, self.sites, scale):
+            yield
+
+    def scaled(self, factor: float) -> SteeringAdapter:
+        """The same adapter with every γ multiplied by `factor`."""
+        sites = [
+            dataclasses.replace(s, gamma=(s.gamma * np.float32(factor))) for s in self.sites
+        ]
+        return SteeringAdapter(self.config, sites)
+
+
+def check_sites(
+    sites: Sequence[SteeredSite], architecture: Architecture, num_layers: int, read: ReadTensor
+) -> None:
+    """Refuse sites or units that a base model does not have.
+
+    Raises:
+        SiteError: layer or unit out of range.
+    """
+    for steered in sites:
+        site = steered.site
+        if not 0 <= site.layer < num_layers:
+            raise SiteError(
+                f"{site}: layer {site.layer} outside the model's {num_layers} layers; "
+                "was the adapter made for another model?"
+            )
+        weight = read(f"{architecture.projection(site)}.weight")
+        if weight is None:
+            raise SiteError(
+                f"{site}: {architecture.projection(site)}.weight is not in the model"
+            )
+        steered.check_width(weight.shape[architecture.width_axis(site.component)])
+
+
+def _check_consistent(config: AdapterConfig, sites: Sequence[SteeredSite]) -> None:
+    kinds = tuple(sorted({s.site.component for s in sites}))
+    if kinds != tuple(sorted(config.components)):
+        raise AdapterError(
+            f"config says components {', '.join(config.components)}, the tensors hold "
+            f"{', '.join(kinds)}"
+        )
+    if len({s.site for s in sites}) != len(sites):
+        raise AdapterError("a site is given twice; merge its units into one")
+    k = sum(len(s.index) for s in sites)
+    if k != config.k:
+        raise AdapterError(f"config says k = {config.k}, the tensors hold {k} units")
+    for steered in sites:
+        rank = steered.predictor.rank if steered.predictor else 0
+        if rank != config.rank:
+            raise AdapterError(
+                f"{steered.site}: config says predictor rank {config.rank}, "
+                f"the tensors hold rank {rank}"
+            )
+
+
+def _component(name: str | Component) -> Component:
+    try:
+        return Component(name)
+    except ValueError:
+        names = ", ".join(component.value for component in Component)
+        raise SiteError(f"component {name!r}: expected one of {names}") from None
+
+
+def _local_folder(name: str, revision: str | None) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise AdapterError(
+            f"{name}: expected an adapter directory or a Hub id (owner/name), found neither"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(
+            f"{name}: no such directory, and the Hub did not give it ({type(error).__name__}); "
+            "check the name and the network"
+        ) from error
+
+
+def _read_sites(path: Path) -> list[SteeredSite]:
+    from austeer.adapters._errors import ModelError
+    from austeer.adapters.tensors import read_header
+
+    if not path.is_file():
+        raise AdapterError(f"{path}: missing; is {path.parent} a complete adapter directory?")
+    try:
+        tensors = {name: entry.read() for name, entry in read_header(path).items()}
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+    grouped: dict[str, dict[str, np.ndarray[Any, np.dtype[Any]]]] = {}
+    for name, tensor in tensors.items():
+        key, _, part = name.rpartition(".")
+        grouped.setdefault(key, {})[part] = tensor
+    try:
+        return [_site(key, parts) for key, parts in grouped.items()]
+    except (SiteError, AdapterError) as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def _site(key: str, parts: dict[str, np.ndarray[Any, np.dtype[Any]]]) -> SteeredSite:
+    site = Site.parse(key)
+    wanted = {"index": np.int64, "gamma": np.float32} | dict.fromkeys(
+        set(parts) & set(_PREDICTOR_PARTS), np.float32
+    )
+    if set(parts) != set(wanted) or len(wanted) not in (2, 5):
+        raise AdapterError(
+            f"{key}: expected tensors index and gamma, or index, gamma, V, b and U, found "
+            f"{', '.join(sorted(parts))}"
+        )
+    for part, dtype in wanted.items():
+        if parts[part].dtype != dtype:
+            raise AdapterError(
+                f"{key}.{part}: expected {np.dtype(dtype)}, found {parts[part].dtype}"
+            )
+    predictor = Predictor(parts["V"], parts["b"], parts["U"]) if "V" in parts else None
+    return SteeredSite(site, parts["index"], parts["gamma"], predictor)

@@ -1,0 +1,134 @@
+"""Hooks that steer a live torch model, and the steering formula itself in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from austeer.adapters.adapter import SteeredSite
+from austeer.adapters.architectures import Architecture, Hookpoint
+from austeer.adapters.predictor import PHI_MAX, PHI_SHIFT
+
+Steer = Callable[[Tensor], Tensor]
+
+
+def rescale(
+    x: Float[Tensor, "*tokens D"],
+    index: Int[Tensor, " k"],
+    gain: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "*tokens D"]:
+    """Multiply x[..., index] by `gain` in float32, rounded once to x's dtype."""
+    selected = x.index_select(-1, index).float()
+    return x.index_copy(-1, index, (selected * gain(selected)).to(x.dtype))
+
+
+def constant_gain(
+    gamma: Float[Tensor, " k"], scale: float | Tensor
+) -> Callable[[Tensor], Tensor]:
+    """gain(x) = 1 + scale · γ."""
+    value = 1.0 + scale * gamma
+    return lambda _: value
+
+
+def adaptive_gain(
+    gamma: Float[Tensor, " k"],
+    V: Float[Tensor, "k r"],
+    b: Float[Tensor, " r"],
+    U: Float[Tensor, "r k"],
+    scale: float | Tensor,
+) -> Callable[[Tensor], Tensor]:
+    """gain(x) = 1 + scale · γ · φ(x), see `austeer.adapters.predictor`."""
+    amount = scale * gamma
+
+    def gain(selected: Tensor) -> Tensor:
+        phi = PHI_MAX * torch.sigmoid((selected @ V + b) @ U - PHI_SHIFT)
+        return 1.0 + amount * phi
+
+    return gain
+
+
+class SiteSteer:
+    """The steering function of one site; moves its tensors to the activation's device."""
+
+    def __init__(self, steered: SteeredSite, scale: float) -> None:
+        self._scale = scale
+        predictor = steered.predictor
+        parts = (predictor.V, predictor.b, predictor.U) if predictor else ()
+        self._parts = tuple(
+            torch.from_numpy(part.copy()) for part in (steered.index, steered.gamma, *parts)
+        )
+
+    def __call__(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
+        """Steer the activation x."""
+        if self._parts[0].device != x.device:
+            self._parts = tuple(part.to(x.device) for part in self._parts)
+        index, gamma, *predictor = self._parts
+        if predictor:
+            V, b, U = predictor
+            return rescale(x, index, adaptive_gain(gamma, V, b, U, self._scale))
+        return rescale(x, index, constant_gain(gamma, self._scale))
+
+
+@contextmanager
+def steering_hooks(
+    model: nn.Module,
+    architecture: Architecture,
+    sites: Sequence[SteeredSite],
+    scale: float = 1.0,
+) -> Iterator[None]:
+    """Steer `model` at `sites` inside the context.
+
+    Raises:
+        ModelError: a module named by the architecture does not exist.
+    """
+    with ExitStack() as stack:
+        for steered in sites:
+            hookpoint = architecture.hookpoint(steered.site)
+            stack.enter_context(transformed(model, hookpoint, SiteSteer(steered, scale)))
+        yield
+
+
+@contextmanager
+def transformed(model: nn.Module, hookpoint: Hookpoint, steer: Steer) -> Iterator[None]:
+    """Replace the activation at `hookpoint` by `steer(activation)` inside the context.
+
+    Raises:
+        ModelError: the module does not exist.
+    """
+    module = find_module(model, hookpoint.module)
+    if hookpoint.side == "input":
+        handle = module.register_forward_pre_hook(lambda _, args: (steer(args[0]), *args[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: _on_first(output, steer))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from austeer.adapters._errors import ModelError
+
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ModelError(
+            f"{type(model).__name__}: has no module {path}; is its Architecture row right?"
+        ) from None
+
+
+def _on_first(output: Any, steer: Steer) -> Any:
+    # Older decoder layers return (hidden, ...), newer ones the hidden states alone.
+    if isinstance(output, tuple):
+        return (steer(output[0]), *output[1:])
+    return steer(output)

@@ -1,0 +1,71 @@
+"""The model card (`README.md`) of an adapter or of a steered checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from austeer.adapters.config import AdapterConfig
+
+_TITLES = {
+    "adapter": "Steering adapter",
+    "finetune": "Steered model",
+    "quantized": "Steered model",
+}
+
+
+def adapter_card(config: AdapterConfig) -> str:
+    """Model card of the adapter itself."""
+    usage = """```python
+from austeer.adapters import SteeringAdapter
+
+adapter = SteeringAdapter.from_pretrained("this/adapter")
+with adapter.attached(model):
+    model.generate(**inputs)
+```"""
+    return model_card(config, "adapter", "austeer", usage)
+
+
+def model_card(config: AdapterConfig, relation: str, library: str, usage: str) -> str:
+    """A model card with the Hub's metadata block, the adapter's facts and its figures.
+
+    Args:
+        config: the adapter's config.
+        relation: the Hub's `base_model_relation` (`adapter`, `finetune`, …).
+        library: the Hub's `library_name`.
+        usage: Markdown that shows how to load the files.
+    """
+    metadata = {
+        "library_name": library,
+        "base_model": config.base_model_name_or_path,
+        "base_model_relation": relation,
+        "tags": ["austeer", "steering"],
+    }
+    # JSON values are valid YAML, quoting included.
+    front = "\n".join(
+        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items()
+    )
+    return f"""---
+{front}
+---
+
+# {_TITLES[relation]}
+
+{config.k} activation units of `{config.base_model_name_or_path}` rescaled at
+{", ".join(config.components)}, strength `{config.strength}`,
+made with austeer (AUSteer, arXiv 2602.04428).
+
+{usage}
+{_figures(config.fit.get("test"))}"""
+
+
+def _figures(test: Mapping[str, Any] | None) -> str:
+    if not test:
+        return ""
+    rows = "\n".join(
+        f"| {name} | {value:.4g} |"
+        for name, value in sorted(test.items())
+        if isinstance(value, float)
+    )
+    return f"\n## Held-out figures\n\n| figure | value |\n|---|---|\n{rows}\n"

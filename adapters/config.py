@@ -1,0 +1,181 @@
+"""`adapter_config.json`: what an adapter is, where it came from, which base it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from austeer.adapters._errors import AdapterError
+from austeer.adapters._files import write_json
+from austeer.adapters.sites import Component
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "adapter_config.json"
+PEFT_TYPE = "AUSTEER"
+
+
+class Strength(StrEnum):
+    """How the gains of the selected units were set."""
+
+    PAPER = "paper"
+    """γ_i = α β_i (AUSteer, arXiv 2602.04428)."""
+    ORIENTED = "oriented"
+    """γ_i = α β_i · sign(mean x_i)."""
+    FITTED = "fitted"
+    """γ by gradient under a KL budget."""
+    ADAPTIVE = "adaptive"
+    """γ_i(x) = γ_i · φ(x)_i, γ and the predictor φ by gradient under a KL budget."""
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the gains are constants that weights can absorb."""
+        return self is not Strength.ADAPTIVE
+
+    @property
+    def trained(self) -> bool:
+        """Whether the gains come from gradient descent."""
+        return self in (Strength.FITTED, Strength.ADAPTIVE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Validated content of `adapter_config.json`.
+
+    Attributes:
+        base_model_name_or_path: directory or Hub id of the base model.
+        revision: its Hub revision, if one was asked for.
+        base_model_fingerprint: see `austeer.adapters.fingerprint`.
+        model_type: `model_type` of the base model's config.
+        components: components with at least one steered unit.
+        strength: how γ was set.
+        alpha: factor of an untrained strength, else None.
+        k: number of steered units over all sites.
+        rank: rank of the γ predictor, 0 without one.
+        fit: pairs digest, splits and metrics of the fit; empty for hand-made adapters.
+        versions: versions of the libraries that made it.
+
+    Raises:
+        AdapterError: a value of the wrong type or range.
+    """
+
+    base_model_name_or_path: str
+    base_model_fingerprint: str
+    model_type: str
+    components: tuple[Component, ...]
+    strength: Strength
+    k: int
+    alpha: float | None = None
+    rank: int = 0
+    revision: str | None = None
+    fit: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    format_version: int = FORMAT_VERSION
+    peft_type: str = PEFT_TYPE
+
+    def __post_init__(self) -> None:
+        _expect(
+            self.format_version == FORMAT_VERSION,
+            "format_version",
+            str(FORMAT_VERSION),
+            self.format_version,
+        )
+        _expect(self.peft_type == PEFT_TYPE, "peft_type", PEFT_TYPE, self.peft_type)
+        for name in ("base_model_name_or_path", "model_type"):
+            _expect(isinstance(getattr(self, name), str), name, "a string", getattr(self, name))
+        digest = self.base_model_fingerprint
+        fits = isinstance(digest, str) and re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+        _expect(bool(fits), "base_model_fingerprint", "sha256:<64 hex digits>", digest)
+        _expect(_is_count(self.k) and self.k > 0, "k", "a positive integer", self.k)
+        _expect(_is_count(self.rank), "rank", "an integer ≥ 0", self.rank)
+        _expect(
+            (self.rank > 0) == (self.strength is Strength.ADAPTIVE),
+            "rank",
+            "positive exactly for strength adaptive",
+            self.rank,
+        )
+        _expect(bool(self.components), "components", "at least one", self.components)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> AdapterConfig:
+        """Check keys and types of parsed JSON.
+
+        Raises:
+            AdapterError: unknown or missing keys, unknown version, bad values.
+        """
+        found = values.get("format_version")
+        if found != FORMAT_VERSION:
+            raise AdapterError(
+                f"{where}: format_version {found!r}, this release reads {FORMAT_VERSION}; "
+                "update austeer or export the adapter again"
+            )
+        names = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise AdapterError(
+                f"{where}: unknown key {unknown[0]!r}; was it written by a newer austeer?"
+            )
+        try:
+            kinds = tuple(Component(item) for item in values["components"])
+            return cls(
+                **{**values, "components": kinds, "strength": Strength(values["strength"])}
+            )
+        except KeyError as error:
+            raise AdapterError(f"{where}: key {error.args[0]!r} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"{where}: {error}") from error
+        except AdapterError as error:
+            raise AdapterError(f"{where}: {error}") from error
+
+    @classmethod
+    def load(cls, folder: Path) -> AdapterConfig:
+        """Read `adapter_config.json` of an adapter directory.
+
+        Raises:
+            AdapterError: missing, not JSON, or invalid.
+        """
+        path = folder / CONFIG_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise AdapterError(
+                f"{path}: expected an adapter's config, cannot read it ({error.strerror}); "
+                f"is {folder} an adapter directory?"
+            ) from error
+        except ValueError as error:
+            raise AdapterError(f"{path}: not valid JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise AdapterError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        return cls.from_dict(values, str(path))
+
+    def save(self, folder: Path) -> None:
+        """Write `adapter_config.json` into `folder`."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values["components"] = [component.value for component in self.components]
+        values["strength"] = self.strength.value
+        write_json(folder / CONFIG_NAME, values)
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what shapes an adapter's numbers."""
+    found = {}
+    for name in ("austeer", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _expect(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise AdapterError(f"{name}: expected {expected}, found {found!r}")

@@ -1,0 +1,79 @@
+"""Digest of the tensors an adapter touches: says which base model an adapter belongs to.
+
+Values are rounded to bfloat16 before hashing, so that one model has one fingerprint whether
+it is read from disk or was loaded in float32 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from austeer.adapters._errors import ModelError
+from austeer.adapters.architectures import Architecture
+from austeer.adapters.sites import Site
+from austeer.adapters.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+ReadTensor = Callable[[str], np.ndarray[Any, np.dtype[Any]] | None]
+
+
+def fingerprint(architecture: Architecture, sites: Iterable[Site], read: ReadTensor) -> str:
+    """`sha256:` digest over the projection weights and biases behind `sites`.
+
+    Args:
+        architecture: row of the base model.
+        sites: the steered sites.
+        read: gives a tensor by module name, None where the model has none.
+
+    Raises:
+        ModelError: a projection weight is missing.
+    """
+    digest = hashlib.sha256()
+    for module in sorted({architecture.projection(site) for site in sites}):
+        weight = read(f"{module}.weight")
+        if weight is None:
+            raise ModelError(
+                f"{module}.weight: not in the model; is it a {architecture.model_type} model "
+                "with that many layers?"
+            )
+        _update(digest, f"{module}.weight", weight)
+        bias = read(f"{module}.bias")
+        if bias is not None:
+            _update(digest, f"{module}.bias", bias)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def checkpoint_reader(architecture: Architecture, checkpoint: Checkpoint) -> ReadTensor:
+    """Read module tensors from a checkpoint on disk, with or without the model prefix."""
+
+    def read(name: str) -> np.ndarray[Any, np.dtype[Any]] | None:
+        entry = checkpoint.find(architecture.disk_names(name))
+        return None if entry is None else entry.read()
+
+    return read
+
+
+def module_reader(model: torch.nn.Module) -> ReadTensor:
+    """Read module tensors from a live torch model."""
+
+    def read(name: str) -> np.ndarray[Any, np.dtype[Any]] | None:
+        try:
+            tensor = model.get_parameter(name)
+        except AttributeError:
+            return None
+        return tensor.detach().float().cpu().numpy()
+
+    return read
+
+
+def _update(digest: hashlib._Hash, name: str, tensor: np.ndarray[Any, np.dtype[Any]]) -> None:
+    digest.update(f"{name}{tuple(tensor.shape)}".encode())
+    rounded = np.ascontiguousarray(tensor.astype(ml_dtypes.bfloat16))
+    digest.update(rounded.view(np.uint16).data)

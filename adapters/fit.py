@@ -1,0 +1,262 @@
+"""Strength fitting: choose component, k and α (and train gains) under the KL budget.
+
+Choices are made on the validation split and its neutral text; the figures reported for the
+test split come from pairs and neutral text that no choice has seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from austeer.adapters._errors import FitError, NoEffectError
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.config import Strength
+from austeer.adapters.localization import Ranking, localize
+from austeer.adapters.measure import Share, Splits, make_splits, neutral_perplexity
+from austeer.adapters.pairs import ContrastivePair, pairs_digest
+from austeer.adapters.predictor import PHI_MAX
+from austeer.adapters.search import Candidate, CandidateSearch, FitOptions, Progress
+from austeer.adapters.sites import Component
+
+_NOTABLE = 1.0  # nats of margin that count as help even where no pair changes sides
+
+
+def fit_strength(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[ContrastivePair],
+    ranking: Ranking | None = None,
+    *,
+    strength: Strength | str = "auto",
+    kl_budget: float = 0.1,
+    max_units: int = 64,
+    components: Sequence[Component | str] | None = None,
+    test_pairs: Sequence[ContrastivePair] | None = None,
+    rank: int = 1,
+    keep_sign: bool = False,
+    neutral_text: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    steps: int = 120,
+    progress: Progress | None = None,
+) -> tuple[SteeringAdapter, dict[str, Any]]:
+    """Fit an adapter and report it.
+
+    Args:
+        model: base model in eval mode; its parameters are left as they are.
+        tokenizer: its tokenizer.
+        pairs: contrastive pairs; split by content into fit, validation and test.
+        ranking: units ranked by `localize`; None localizes on the fit split.
+        strength: a `Strength`, or "auto" for `adaptive`.
+        kl_budget: ceiling of the side effect, nats per token.
+        max_units: largest number of steered units.
+        components: components to choose among; None for those of the ranking.
+        test_pairs: pairs that only the report sees; None takes a fifth of `pairs`.
+        rank: rank of the γ predictor.
+        keep_sign: keep every gain ≥ 0.
+        neutral_text: texts whose perplexity is reported as well.
+        seed: of splits, samples and training; equal seeds give equal adapters.
+        batch_size: pairs or texts per forward pass.
+        steps: optimizer steps of a trained strength.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The adapter, and the dictionary behind `report.json` (DESIGN §5): `outcome`,
+        `selected`, `validation`, `test`, `fit`.
+
+    Raises:
+        NoEffectError: nothing within the budget helps; `.report` holds the same dictionary.
+        FitError: options out of range, or a ranking of another model.
+        PairsError: pairs that cannot be tokenized or split.
+    """
+    chosen = Strength.ADAPTIVE if strength == "auto" else Strength(strength)
+    splits = make_splits(pairs, test_pairs, seed)
+    if ranking is None:
+        wanted = tuple(Component(name) for name in components or Component)
+        ranking = localize(model, tokenizer, splits.fit, wanted)
+    options = FitOptions(
+        strength=chosen,
+        kl_budget=kl_budget,
+        max_units=max_units,
+        components=_components(components, ranking),
+        rank=rank,
+        keep_sign=keep_sign,
+        seed=seed,
+        batch_size=batch_size,
+        steps=steps,
+    )
+    fitter = Fitter(model, tokenizer, splits, ranking, options, progress)
+    return fitter.run(neutral_text)
+
+
+class Fitter:
+    """One fit: candidates, the choice among them, and the report.
+
+    Args:
+        model: base model.
+        tokenizer: its tokenizer.
+        splits: pairs by purpose.
+        ranking: the units' scores.
+        options: see `FitOptions`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        FitError: the ranking belongs to a model of another shape.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Splits,
+        ranking: Ranking,
+        options: FitOptions,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._splits, self._ranking, self._options = splits, ranking, options
+        self._progress = progress or _silent
+        ranking.check_model(model)
+        sizes = {
+            "sequences": options.neutral_sequences,
+            "length": options.neutral_length,
+            "batch_size": options.batch_size,
+        }
+        # Three samples of neutral text: one to train on, one to choose by, one to report.
+        self._fit, self._validation, self._test = (
+            Share(model, tokenizer, part, seed=3 * options.seed + number, **sizes)
+            for number, part in enumerate((splits.fit, splits.validation, splits.test))
+        )
+        self._search = CandidateSearch(
+            model, ranking, options, self._fit, self._validation, self._progress
+        )
+
+    def run(
+        self, neutral_text: Sequence[str] | None = None
+    ) -> tuple[SteeringAdapter, dict[str, Any]]:
+        """Choose, measure, report.
+
+        Raises:
+            NoEffectError: nothing within the budget helps.
+        """
+        started = time.monotonic()
+        candidates = self._search.candidates()
+        best = self._search.choose(candidates)
+        seconds = time.monotonic() - started
+        report = self._report(best, candidates, neutral_text, seconds)
+        if report["outcome"] != "steered":
+            raise NoEffectError(report["reason"], report)
+        adapter = SteeringAdapter.from_sites(
+            self._model, best.sites, self._options.strength, best.alpha, self._record(report)
+        )
+        return adapter, report
+
+    def _report(
+        self,
+        best: Candidate,
+        candidates: Sequence[Candidate],
+        neutral_text: Sequence[str] | None,
+        seconds: float,
+    ) -> dict[str, Any]:
+        steered = self._search.steered(best.sites)
+        self._progress("measure", 0, 2)
+        validation = self._validation.figures(steered)
+        self._progress("measure", 1, 2)
+        test = self._test.figures(steered)
+        if neutral_text:
+            test |= neutral_perplexity(self._model, self._tokenizer, neutral_text, steered)
+        self._progress("measure", 2, 2)
+        reason = self._no_effect(best, validation)
+        return {
+            "outcome": "no_effect" if reason else "steered",
+            "reason": reason,
+            "selected": self._selected(best),
+            "validation": validation,
+            "test": test,
+            "fit": self._fit_facts(candidates, seconds),
+        }
+
+    def _no_effect(self, best: Candidate, validation: dict[str, Any]) -> str | None:
+        budget = f"the KL budget of {self._options.kl_budget:g} nats/token"
+        if not best.within:
+            return (
+                f"no candidate keeps {budget} (the gentlest has {best.judgement.kl:.3g}); "
+                "raise --kl-budget"
+            )
+        flips = validation["accuracy"] > validation["base_accuracy"]
+        notable = flips or validation["margin_gain"] >= _NOTABLE
+        if notable and validation["margin_gain_ci95"][0] > 0:
+            return None
+        base, steered = (
+            f"margin {validation[kind + 'margin']:+.2f}, "
+            f"accuracy {validation[kind + 'accuracy']:.2f}"
+            for kind in ("base_", "")
+        )
+        return (
+            f"strength {self._options.strength} does not help within {budget}: validation "
+            f"{base} → {steered}; raise --kl-budget, add pairs or try another strength"
+        )
+
+    def _selected(self, best: Candidate) -> dict[str, Any]:
+        adaptive = self._options.strength is Strength.ADAPTIVE
+        limit = -1.0 / (PHI_MAX if adaptive else 1.0)
+        return {
+            "component": best.component.value,
+            "k": best.k,
+            "alpha": best.alpha,
+            "strength": self._options.strength.value,
+            "rank": self._options.rank if adaptive else 0,
+            "sites": len(best.sites),
+            "units_that_can_flip_sign": int(sum((s.gamma < limit).sum() for s in best.sites)),
+        }
+
+    def _fit_facts(self, candidates: Sequence[Candidate], seconds: float) -> dict[str, Any]:
+        options, splits = self._options, self._splits
+        parts = {"fit": splits.fit, "validation": splits.validation, "test": splits.test}
+        fit_digest = pairs_digest(splits.fit)
+        return {
+            "kl_budget": options.kl_budget,
+            "max_units": options.max_units,
+            "seed": options.seed,
+            "splits": {name: len(part) for name, part in parts.items()},
+            "digests": {name: pairs_digest(part) for name, part in parts.items()},
+            "ranking_pairs": self._ranking.info.pairs_digest,
+            "ranking_on_fit_split": self._ranking.info.pairs_digest == fit_digest,
+            "neutral": {
+                "sequences": options.neutral_sequences,
+                "length": options.neutral_length,
+                "source": "sampled from the base model",
+            },
+            "steps": options.steps if options.strength.trained else 0,
+            "candidates": [candidate.as_dict() for candidate in candidates],
+            "seconds": round(seconds, 2),
+        }
+
+    def _record(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The part of the report that travels with the adapter; the same for equal seeds."""
+        facts = {
+            key: value
+            for key, value in report["fit"].items()
+            if key not in ("seconds", "candidates")
+        }
+        return facts | {"validation": report["validation"], "test": report["test"]}
+
+
+def _components(
+    names: Sequence[Component | str] | None, ranking: Ranking
+) -> tuple[Component, ...]:
+    known = tuple(ranking.components)
+    wanted = tuple(dict.fromkeys(Component(name) for name in names)) if names else known
+    for component in wanted:
+        if component not in known:
+            found = ", ".join(known)
+            raise FitError(f"component {component}: not in the ranking ({found}); localize it")
+    return wanted
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """The progress of a fit that nobody watches."""

@@ -1,0 +1,227 @@
+"""Load models and tokenizers; every unusable directory becomes one clear `ModelError`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from austeer.adapters._errors import ModelError
+from austeer.adapters.architectures import architecture_of
+from austeer.adapters.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors, in eval mode, without gradients.
+
+    Args:
+        name_or_path: model directory or Hub id.
+        device: a torch device, such as `cpu` or `cuda:0`.
+        dtype: `float32`, `bfloat16`, `float16`, or None for the checkpoint's own.
+        revision: Hub revision (branch, tag or commit).
+        trust_remote_code: run the Python code that comes with the model.
+
+    Raises:
+        ModelError: missing, malformed or unsupported model, unknown device or dtype.
+    """
+    from transformers import AutoModelForCausalLM
+
+    target = _device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    folder = model_directory(name_or_path, revision)
+    _check_folder(folder)
+    with _transformers_calls(folder, "model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            # Allowed here only so that the tensor can be named in our own error below.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+        _check_complete(folder, model, info)
+        model = model.to(target).eval().requires_grad_(False)
+    # The Hub id, not the cache folder, is what an adapter should remember as its base.
+    model.name_or_path = str(name_or_path)
+    return model
+
+
+def load_tokenizer(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model directory or Hub id.
+
+    Raises:
+        ModelError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_directory(name_or_path, revision)
+    # Without this check transformers builds an empty tokenizer for some model types.
+    if not any((folder / name).is_file() for name in _VOCABULARIES) and not trust_remote_code:
+        raise ModelError(
+            f"{folder}: has no tokenizer (looked for {', '.join(_VOCABULARIES)}); "
+            "copy the tokenizer's files beside the weights"
+        )
+    with _transformers_calls(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not tokenizer("some text")["input_ids"]:
+            raise ModelError(
+                f"{folder}: its tokenizer turns text into no tokens; fetch it again"
+            )
+    return tokenizer
+
+
+def model_directory(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The directory of a model: a local one as it is, or a Hub snapshot (downloaded once).
+
+    Raises:
+        ModelError: neither a directory nor a model on the Hub.
+    """
+    name = str(name_or_path)
+    if name and Path(name).is_dir():
+        return Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local or not name or Path(name).exists():
+        raise ModelError(
+            f"{name or '(empty)'}: expected a model directory, found "
+            f"{'a file' if Path(name).is_file() else 'nothing there'}; check the path"
+        )
+    return _snapshot(name, revision)
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                # Subfolders and consolidated files repeat the weights in other formats.
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"{name}: no such directory, and the Hub gave no such model{at} "
+            f"({type(error).__name__}); check the name and the network"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what transformers would answer with a traceback, before it loads anything."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot read it ({error.strerror}); is {folder} a whole model directory?"
+        ) from error
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    try:
+        architecture_of(config.get("model_type")).num_layers(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    Checkpoint(folder)
+
+
+def _check_complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    for key in info["mismatched_keys"]:
+        # transformers 4 gives names, 5 gives (name, found, expected).
+        name = key if isinstance(key, str) else key[0]
+        entry = Checkpoint(folder).find(
+            architecture_of(model.config.model_type).disk_names(name)
+        )
+        found, wanted = entry and entry.shape, tuple(model.state_dict()[name].shape)
+        raise ModelError(
+            f"{folder}: {name} has shape {found}, config.json wants {wanted}; "
+            "do config and weights belong together?"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"{folder}: the weights lack {missing[0]}{more}; download the whole model"
+        )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("meta holds no values")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        usable = "cpu" + (", cuda" if torch.cuda.is_available() else "")
+        raise ModelError(
+            f"device {name!r}: not usable here ({_first_line(error)}); usable: {usable}"
+        ) from error
+    return device
+
+
+@contextmanager
+def _transformers_calls(folder: Path, what: str) -> Iterator[None]:
+    """Keep transformers quiet, and turn whatever it raises into one line."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ModelError:
+        raise
+    except Exception as error:  # its checks raise nearly every built-in type
+        raise ModelError(
+            f"{folder}: transformers cannot load the {what}: {_first_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines)
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -1,0 +1,185 @@
+"""The data of a fit, split by purpose, and the figures measured on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from austeer.adapters._errors import FitError
+from austeer.adapters.batches import token_limit, tokenize_pairs
+from austeer.adapters.evaluate import (
+    CONTINUATION,
+    FluencyProbe,
+    KLMeter,
+    Measured,
+    PairSet,
+    Steered,
+    batch_pairs,
+    mean_interval,
+    text_perplexity,
+)
+from austeer.adapters.neutral import TokenText, encode_prompts, encode_texts, sample_neutral
+from austeer.adapters.pairs import ContrastivePair, split_pairs
+from austeer.adapters.train import Judgement
+
+_FLUENCY_PROMPTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Pairs by purpose: to fit, to choose, to report."""
+
+    fit: list[ContrastivePair]
+    validation: list[ContrastivePair]
+    test: list[ContrastivePair]
+
+
+def make_splits(
+    pairs: Sequence[ContrastivePair],
+    test_pairs: Sequence[ContrastivePair] | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Split pairs 60/20/20, or 75/25 when the test pairs come from elsewhere.
+
+    Raises:
+        PairsError: too few pairs to give every split one.
+        FitError: a test pair also stands among the pairs.
+    """
+    if test_pairs is None:
+        fit, validation, test = split_pairs(pairs, (0.6, 0.2, 0.2), seed)
+        return Splits(fit, validation, test)
+    known = {(pair.prompt, pair.positive, pair.negative) for pair in pairs}
+    for pair in test_pairs:
+        if (pair.prompt, pair.positive, pair.negative) in known:
+            raise FitError(
+                f"{pair.where}: this test pair is also a training pair; remove it from one file"
+            )
+    fit, validation = split_pairs(pairs, (0.75, 0.25), seed)
+    return Splits(fit, validation, list(test_pairs))
+
+
+class Share:
+    """One split with its own neutral text; everything is computed on first use.
+
+    Args:
+        model: the base model, unsteered while the parts are built.
+        tokenizer: its tokenizer.
+        pairs: the pairs of this split.
+        seed: of its neutral text.
+        sequences: texts in the neutral sample.
+        length: tokens of each.
+        batch_size: pairs or texts per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[ContrastivePair],
+        *,
+        seed: int,
+        sequences: int,
+        length: int,
+        batch_size: int,
+    ) -> None:
+        self.pairs = list(pairs)
+        self._model, self._tokenizer = model, tokenizer
+        self._seed, self._batch_size = seed, batch_size
+        self._sequences, self._length = sequences, length
+
+    @cached_property
+    def pair_set(self) -> PairSet:
+        """The pairs, tokenized and batched."""
+        tokens = tokenize_pairs(self.pairs, self._tokenizer, token_limit(self._model))
+        return batch_pairs(self._model, tokens, self._batch_size)
+
+    @cached_property
+    def neutral(self) -> TokenText:
+        """Text sampled from the base model."""
+        length = min(self._length, token_limit(self._model))
+        return sample_neutral(
+            self._model,
+            self._tokenizer,
+            sequences=self._sequences,
+            length=length,
+            seed=self._seed,
+        )
+
+    @cached_property
+    def meter(self) -> KLMeter:
+        """KL on the neutral text."""
+        return KLMeter(self._model, self.neutral, self._batch_size)
+
+    @cached_property
+    def screen(self) -> KLMeter:
+        """KL on a quarter of the neutral text, for searches."""
+        part = self.neutral.rows(slice(0, max(8, len(self.neutral) // 4)))
+        return KLMeter(self._model, part, self._batch_size)
+
+    @cached_property
+    def base_margins(self) -> Float[np.ndarray, " n"]:
+        """Margins of the unsteered model, nats."""
+        return self.pair_set.margins(self._model)
+
+    def judge(self, steered: Steered) -> Judgement:
+        """Mean margin and KL of a steered model."""
+        with steered():
+            margin = float(self.pair_set.margins(self._model).mean())
+        return Judgement(margin, self.meter.mean(steered))
+
+    def margin_gain(self, steered: Steered) -> Measured:
+        """Mean margin gained over the base, pairs resampled together."""
+        with steered():
+            values = self.pair_set.margins(self._model)
+        return mean_interval(values - self.base_margins, self._seed)
+
+    def figures(self, steered: Steered) -> dict[str, Any]:
+        """Every figure of `report.json` for this split, with `*_ci95`."""
+        with steered():
+            values = self.pair_set.margins(self._model)
+        probe = FluencyProbe(self._model, self._prompts(), seed=self._seed)
+        measured = {
+            "accuracy": mean_interval(values > 0, self._seed),
+            "base_accuracy": mean_interval(self.base_margins > 0, self._seed),
+            "margin": mean_interval(values, self._seed),
+            "base_margin": mean_interval(self.base_margins, self._seed),
+            "margin_gain": mean_interval(values - self.base_margins, self._seed),
+            "kl": self.meter.measure(steered, self._seed),
+            "fluency": probe.measure(steered),
+        }
+        return {"pairs": len(self.pairs)} | as_report(measured)
+
+    def _prompts(self) -> TokenText:
+        chosen = self.pairs[:_FLUENCY_PROMPTS]
+        room = token_limit(self._model) - CONTINUATION
+        return encode_prompts([pair.prompt for pair in chosen], self._tokenizer, max(room, 1))
+
+
+def as_report(measured: dict[str, Measured]) -> dict[str, Any]:
+    """`{name: value, name_ci95: [low, high]}` for every figure."""
+    found: dict[str, Any] = {}
+    for name, figure in measured.items():
+        found[name] = figure.value
+        found[f"{name}_ci95"] = [figure.low, figure.high]
+    return found
+
+
+def neutral_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    steered: Callable[[], Any],
+) -> dict[str, float]:
+    """Perplexity of the user's own neutral text, base and steered."""
+    encoded = encode_texts(texts, tokenizer, token_limit(model))
+    return {
+        "neutral_perplexity": text_perplexity(model, encoded, steered),
+        "base_neutral_perplexity": text_perplexity(model, encoded, nullcontext),
+    }

@@ -1,0 +1,248 @@
+"""Contrastive pairs: read JSONL, CSV, Parquet or Hub rows, check each, split by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from austeer.adapters._errors import PairsError
+from austeer.adapters._rows import kind_of, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastivePair:
+    """One prompt with a completion that shows the behaviour and one that shows the opposite.
+
+    Attributes:
+        prompt: text before both completions, may be empty; of a `messages` row it stays
+            empty until `render_pairs`.
+        positive: completion to steer towards.
+        negative: completion to steer away from.
+        messages: chat turns (`role`, `content`) that stand in for the prompt, or None.
+        where: `file:line` for error messages.
+    """
+
+    prompt: str
+    positive: str
+    negative: str
+    messages: tuple[dict[str, Any], ...] | None = None
+    where: str = ""
+
+    @property
+    def content(self) -> str:
+        """Canonical JSON of the pair; `where` and a rendered prompt are no part of it."""
+        return _canonical([self.context, self.positive, self.negative])
+
+    @property
+    def context(self) -> Any:
+        """What comes before the completions: the messages if there are any, else the prompt."""
+        return self.prompt if self.messages is None else list(self.messages)
+
+
+def read_pairs(source: str | Path, *, split: str = "train") -> list[ContrastivePair]:
+    """Read and check every pair of a file or a Hub dataset.
+
+    Args:
+        source: a .jsonl, .csv or .parquet file, or the id of a Hub dataset.
+        split: split of a Hub dataset.
+
+    Raises:
+        PairsError: unreadable, empty, or a bad or repeated row; names file and line.
+    """
+    pairs: list[ContrastivePair] = []
+    seen: dict[bytes, str] = {}
+    for pair in iter_pairs(source, split=split):
+        key = hashlib.sha256(pair.content.encode()).digest()
+        if key in seen:
+            raise PairsError(
+                f"{pair.where}: repeats the pair of {seen[key]}; remove one of the two"
+            )
+        seen[key] = pair.where
+        pairs.append(pair)
+    if not pairs:
+        raise PairsError(
+            f"{source}: has no pairs; give it rows with prompt, positive and negative"
+        )
+    return pairs
+
+
+def iter_pairs(source: str | Path, *, split: str = "train") -> Iterator[ContrastivePair]:
+    """Stream the pairs of `source`, each checked for itself; see `read_pairs`.
+
+    Raises:
+        PairsError: unreadable, or a bad row; names file and line.
+    """
+    for where, row in read_rows(str(source), split):
+        yield _pair(where, row)
+
+
+def render_pairs(
+    pairs: Sequence[ContrastivePair], tokenizer: PreTrainedTokenizerBase
+) -> list[ContrastivePair]:
+    """Fill the prompt of every `messages` pair by the tokenizer's chat template.
+
+    Raises:
+        PairsError: the tokenizer has no template, or the template refuses the messages.
+    """
+    return [
+        pair if pair.messages is None else replace(pair, prompt=_rendered(pair, tokenizer))
+        for pair in pairs
+    ]
+
+
+def split_pairs(
+    pairs: Sequence[ContrastivePair], fractions: Sequence[float], seed: int = 0
+) -> list[list[ContrastivePair]]:
+    """Split by content hash: the same pairs give the same splits, whatever their order.
+
+    Pairs that share a non-empty prompt stay together, so that no prompt of one split is seen
+    in another; unless one prompt holds more than half of all pairs.
+
+    Args:
+        pairs: pairs without repetitions.
+        fractions: share of each split, positive, summing to 1; held as closely as groups allow.
+        seed: another seed gives another split.
+
+    Raises:
+        PairsError: bad fractions, or too few pairs (or distinct prompts) for so many splits.
+    """
+    if min(fractions, default=0.0) <= 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
+        raise PairsError(
+            f"split: expected positive fractions with sum 1, got {list(fractions)}"
+        )
+    groups = _groups(pairs, seed)
+    if len(groups) < len(fractions):
+        raise PairsError(
+            f"split: {len(pairs)} pairs with {len(groups)} distinct prompts do not fill "
+            f"{len(fractions)} splits; give more pairs"
+        )
+    splits: list[list[ContrastivePair]] = [[] for _ in fractions]
+    for number, group in enumerate(groups):
+        lacking = [
+            share * len(pairs) - len(s) for share, s in zip(fractions, splits, strict=True)
+        ]
+        empty = [index for index, split in enumerate(splits) if not split]
+        # The last groups go where there is none yet: rounding must not leave a split empty.
+        open_to = empty if len(groups) - number <= len(empty) else range(len(splits))
+        splits[max(open_to, key=lambda index: lacking[index])].extend(group)
+    return [sorted(split, key=lambda pair: _digest(pair.content, seed)) for split in splits]
+
+
+def pairs_digest(pairs: Iterable[ContrastivePair]) -> str:
+    """`sha256:` digest of a set of pairs, whatever their order."""
+    total = hashlib.sha256()
+    for line in sorted(_digest(pair.content) for pair in pairs):
+        total.update(line.encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _groups(pairs: Sequence[ContrastivePair], seed: int) -> list[list[ContrastivePair]]:
+    """Pairs that must stay together: largest group first, then in order of their hash."""
+    by_prompt = _grouped(pairs, seed, by_prompt=True)
+    biggest = max((len(group) for group in by_prompt), default=0)
+    return _grouped(pairs, seed, by_prompt=False) if biggest * 2 > len(pairs) else by_prompt
+
+
+def _grouped(
+    pairs: Sequence[ContrastivePair], seed: int, *, by_prompt: bool
+) -> list[list[ContrastivePair]]:
+    groups: dict[str, list[ContrastivePair]] = {}
+    for pair in pairs:
+        key = _canonical(pair.context) if by_prompt and pair.context else pair.content
+        groups.setdefault(_digest(key, seed), []).append(pair)
+    return [groups[key] for key in sorted(groups, key=lambda key: (-len(groups[key]), key))]
+
+
+def _pair(where: str, row: Mapping[str, Any]) -> ContrastivePair:
+    if row.get("messages") is not None:
+        if row.get("prompt") is not None:
+            raise PairsError(f"{where}: has both prompt and messages; keep one of the two")
+        prompt, messages = "", _messages(where, row["messages"])
+    else:
+        prompt, messages = _text(where, row, "prompt"), None
+    positive = _completion(where, row, "positive")
+    negative = _completion(where, row, "negative")
+    if positive == negative:
+        raise PairsError(f"{where}: positive and negative are the same text; nothing contrasts")
+    return ContrastivePair(prompt, positive, negative, messages, where)
+
+
+def _completion(where: str, row: Mapping[str, Any], key: str) -> str:
+    text = _text(where, row, key)
+    if not text.strip():
+        raise PairsError(f"{where}: {key} is empty; a completion needs text")
+    return text
+
+
+def _text(where: str, row: Mapping[str, Any], key: str) -> str:
+    if key not in row:
+        found = ", ".join(map(str, row))[:120]
+        wanted = "prompt (or messages)" if key == "prompt" else key
+        raise PairsError(f"{where}: key {wanted} is missing, found {found!r}")
+    text = row[key]
+    if not isinstance(text, str):
+        raise PairsError(f"{where}: {key}: expected text, found {kind_of(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PairsError(
+            f"{where}: {key}: half of a surrogate pair ({error.reason})"
+        ) from error
+    return text
+
+
+def _messages(where: str, turns: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(turns, list) or not turns:
+        raise PairsError(
+            f"{where}: messages: expected a non-empty list of turns, found {kind_of(turns)}"
+        )
+    for number, turn in enumerate(turns, 1):
+        at = f"{where}: messages, turn {number}"
+        if not isinstance(turn, dict):
+            raise PairsError(f"{at}: expected an object, found {kind_of(turn)}")
+        for key in ("role", "content"):
+            _text(at, turn, key)
+    return tuple(turns)
+
+
+def _rendered(pair: ContrastivePair, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise PairsError(
+            f"{pair.where}: has messages, but the tokenizer has no chat template; "
+            "use prompt instead, or a chat model"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(pair.messages or ()), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # templates raise jinja2's errors, and any other
+        reason = " ".join(str(error).split())[:200]
+        raise PairsError(
+            f"{pair.where}: the chat template refuses the messages ({reason})"
+        ) from error
+    return _without_bos(str(text), tokenizer)
+
+
+def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Drop a template's leading bos where the tokenizer will add one itself."""
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos and text.startswith(bos) and list(tokenizer("")["input_ids"])[:1] == [bos_id]:
+        return text.removeprefix(bos)
+    return text
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _digest(text: str, seed: int | None = None) -> str:
+    salted = text if seed is None else f"{seed}:{text}"
+    return hashlib.sha256(salted.encode()).hexdigest()

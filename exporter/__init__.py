@@ -1,0 +1,58 @@
+"""Compile an adapter into files that other runtimes load; prove them; report the whole run."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from austeer.exporter.routes import Route
+from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, RunOptions
+
+if TYPE_CHECKING:
+    from austeer.exporter.merge import MergeSummary, merge_checkpoint
+    from austeer.exporter.products import Export, export_product, verify_product
+    from austeer.exporter.run import RunReport, fit_job, run_job
+    from austeer.exporter.stages import localize_job
+    from austeer.exporter.verify import ParityReport, verify_checkpoint, verify_onnx
+
+__all__ = [
+    "BaseOptions",
+    "Export",
+    "Handling",
+    "MergeSummary",
+    "ParityReport",
+    "ProductRequest",
+    "Route",
+    "RunOptions",
+    "RunReport",
+    "export_product",
+    "fit_job",
+    "localize_job",
+    "merge_checkpoint",
+    "run_job",
+    "verify_checkpoint",
+    "verify_onnx",
+    "verify_product",
+]
+
+# These open models; they load on first use, so that the CLI's help stays instant.
+_LAZY = {
+    "Export": "austeer.exporter.products",
+    "MergeSummary": "austeer.exporter.merge",
+    "ParityReport": "austeer.exporter.verify",
+    "RunReport": "austeer.exporter.run",
+    "export_product": "austeer.exporter.products",
+    "fit_job": "austeer.exporter.run",
+    "localize_job": "austeer.exporter.stages",
+    "merge_checkpoint": "austeer.exporter.merge",
+    "run_job": "austeer.exporter.run",
+    "verify_checkpoint": "austeer.exporter.verify",
+    "verify_onnx": "austeer.exporter.verify",
+    "verify_product": "austeer.exporter.products",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

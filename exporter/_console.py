@@ -1,0 +1,125 @@
+"""What the commands print: progress and errors on stderr, one result on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, NoReturn
+
+import click
+
+from austeer.adapters._errors import AusteerError
+
+Progress = Callable[[str, int, int], None]
+
+
+class TranslatingGroup(click.Group):
+    """A command group whose commands end in one error line instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; see `translated`."""
+        with translated():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Print what a user's input can cause as one line on stderr; name anything else a bug.
+
+    Raises:
+        click.exceptions.Exit: instead of the error, with its exit code.
+    """
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
+    except AusteerError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was published", 130)
+    except OSError as error:
+        _fail(_system_error(error), 2)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+            _fail("out of memory; lower --batch-size, or use another device", 2)
+        traceback.print_exc()
+        _fail(f"{type(error).__name__}: this is a bug in austeer; please report the above", 70)
+
+
+@contextmanager
+def progress_on_terminal() -> Iterator[Progress]:
+    """Bars on stderr, one a stage, gone at the end; nothing where stderr is no terminal.
+
+    What libraries print to stdout meanwhile goes to stderr, so that stdout is the result's.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with (
+        redirect_stdout(sys.stderr),
+        Bars(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as bars,
+    ):
+        stages: dict[str, Any] = {}
+
+        def step(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield step
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    from austeer.exporter.report import as_json
+
+    click.echo(json.dumps(as_json(values), indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; nothing without rows."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=any(header),
+    )
+    for number, name in enumerate(header):
+        table.add_column(name, overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        # Text, because brackets in a path or sample are not markup.
+        cells = [Text(cell) for cell in row]
+        table.add_row(*cells)
+    # A file or pipe has no width to keep to.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    raise click.exceptions.Exit(code)
+
+
+def _system_error(error: OSError) -> str:
+    reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{error.filename}: {reason}" if error.filename else reason

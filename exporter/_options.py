@@ -1,0 +1,90 @@
+"""Click options that several commands share, and the values they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from austeer.adapters.sites import Component
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FOLDER = click.Path(path_type=Path)
+DTYPES = ("float32", "bfloat16", "float16")
+STRENGTHS = ("auto", "paper", "oriented", "fitted", "adaptive")
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several decorators as one; the first is listed first in the help."""
+    return lambda command: reduce(lambda f, option: option(f), reversed(options), command)
+
+
+out_option = click.option(
+    "-o", "--out", type=FOLDER, required=True, help="New path for what comes out."
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
+)
+base_options = together(
+    click.option("--device", default="cpu", show_default=True, help="Torch device."),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), help="Load in this dtype.  [default: the model's]"
+    ),
+    click.option("--revision", help="Hub revision of the model."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run code that comes with the model."
+    ),
+)
+localize_options = together(
+    click.option(
+        "--component",
+        "components",
+        type=click.Choice([component.value for component in Component]),
+        multiple=True,
+        help="Place to steer; repeat for several.  [default: all that can come out]",
+    ),
+    click.option(
+        "--batch-size", type=click.IntRange(1), default=16, show_default=True,
+        help="Pairs or texts per forward pass.",
+    ),
+)  # fmt: skip
+fit_options = together(
+    click.option("--test-pairs", help="Pairs for the report.  [default: a split of PAIRS]"),
+    click.option(
+        "--strength", type=click.Choice(STRENGTHS), default="auto", show_default=True,
+        help="How gains are set; auto: fitted where a product must fold, else adaptive.",
+    ),
+    click.option(
+        "--kl-budget", type=float, default=0.1, show_default=True,
+        help="Ceiling of the side effect, nats per token.",
+    ),
+    click.option(
+        "--max-units", type=click.IntRange(1), default=64, show_default=True,
+        help="Ceiling of steered units.",
+    ),
+    click.option(
+        "--rank", type=click.IntRange(1), default=1, show_default=True,
+        help="Rank of the γ predictor (adaptive).",
+    ),
+    click.option("--keep-sign", is_flag=True, help="Never turn an activation's sign."),
+    click.option(
+        "--neutral-text", type=FOLDER,
+        help="Text whose perplexity is reported: .txt, a text a line, or .jsonl with text.",
+    ),
+    click.option("--ranking", type=FOLDER, help="Ranking that `localize` wrote."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+)  # fmt: skip
+steering_options = together(
+    click.option(
+        "--scale", type=float, default=1.0, show_default=True, help="Factor on the strength."
+    ),
+    click.option("--force", is_flag=True, help="Accept a base with other weights."),
+    click.option("--pairs", help="Verify on this file's prompts as well."),
+)
+no_verify_option = click.option(
+    "--no-verify", is_flag=True, help="Publish without comparing with the attached model."
+)

@@ -1,0 +1,98 @@
+"""What one rounding of the touched weights can do to logits: measured, never guessed.
+
+A fold in bfloat16 or float16 rounds each touched weight once, by half an epsilon at most.
+The allowance is twice the largest logit change that random errors of exactly that size, on
+exactly those weights, cause in the float32 reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.sites import Component
+from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.reference import Prompt, steered_logits
+
+SAFETY = 2.0
+_DRAWS = 3
+
+
+def fold_rounding(folder: Path, model: Any, adapter: SteeringAdapter) -> tuple[float, float]:
+    """Largest relative and largest absolute (subnormal) error of a touched weight.
+
+    The product is compared in the live model's dtype: where that differs from the stored
+    one, both sides round once more.
+    """
+    checkpoint = Checkpoint(folder)
+    names = {f"{adapter.architecture.projection(s.site)}.weight" for s in adapter.sites}
+    entries = [checkpoint.find(adapter.architecture.disk_names(name)) for name in names]
+    stored = [ml_dtypes.finfo(entry.numpy_dtype) for entry in entries if entry is not None]
+    unit = max((float(facts.eps) / 2 for facts in stored), default=0.0)
+    spacing = max((float(facts.smallest_subnormal) / 2 for facts in stored), default=0.0)
+    live = torch.finfo(model.dtype)
+    if live.eps / 2 > unit:
+        unit += live.eps
+    return unit, max(spacing, live.tiny * live.eps)
+
+
+def rounding_allowance(
+    model: Any,
+    adapter: SteeringAdapter,
+    scale: float,
+    prompts: Sequence[Prompt],
+    unit: float,
+    spacing: float,
+) -> float:
+    """Twice the largest logit change that errors of a fold's size cause in `model`.
+
+    Args:
+        model: a float32 model; its touched weights change during the call only.
+        adapter: names the touched weights.
+        scale: factor on every γ.
+        prompts: where to look.
+        unit: relative error of each touched weight, its sign random.
+        spacing: least absolute error.
+    """
+    steered = steered_logits(model, adapter, scale)
+    worst = 0.0
+    for ids in prompts:
+        exact = steered(ids)
+        for seed in range(_DRAWS):
+            with _perturbed(model, adapter, unit, spacing, seed):
+                worst = max(worst, float(np.abs(steered(ids) - exact).max()))
+    return SAFETY * worst
+
+
+@contextmanager
+def _perturbed(
+    model: Any, adapter: SteeringAdapter, unit: float, spacing: float, seed: int
+) -> Iterator[None]:
+    """Give every touched weight and bias element a relative error of ±`unit` inside."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad(), ExitStack() as stack:
+        for parameter, axis, index in _touched(model, adapter):
+            before = parameter.index_select(axis, index)
+            signs = torch.randint(0, 2, before.shape, generator=generator).to(before) * 2 - 1
+            error = signs * (before.abs() * unit).clamp_min(spacing)
+            parameter.index_copy_(axis, index, before + error)
+            stack.callback(parameter.index_copy_, axis, index, before)
+        yield
+
+
+def _touched(model: Any, adapter: SteeringAdapter) -> Iterator[tuple[Tensor, int, Tensor]]:
+    architecture = adapter.architecture
+    for steered in adapter.sites:
+        module = model.get_submodule(architecture.projection(steered.site))
+        index = torch.from_numpy(steered.index).to(module.weight.device)
+        yield module.weight, architecture.width_axis(steered.site.component), index
+        if steered.site.component is Component.FFN and module.bias is not None:
+            yield module.bias, 0, index

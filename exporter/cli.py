@@ -1,0 +1,288 @@
+"""The command line: parse, one library call, print. Heavy imports sit inside commands."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from austeer.adapters._errors import NoEffectError
+from austeer.adapters.sites import Component
+from austeer.exporter._console import (
+    TranslatingGroup,
+    print_json,
+    print_table,
+    progress_on_terminal,
+)
+from austeer.exporter._options import (
+    FOLDER,
+    base_options,
+    fit_options,
+    json_option,
+    localize_options,
+    no_verify_option,
+    out_option,
+    steering_options,
+)
+from austeer.exporter.routes import Route
+from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, RunOptions
+
+
+@click.group(cls=TranslatingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="austeer")
+def cli() -> None:
+    """Compile activation steering into plain checkpoints and ONNX models.
+
+    MODEL is a local directory or a Hub id. PAIRS is JSONL or CSV with prompt (or chat
+    messages), positive and negative; Parquet and Hub datasets with the [data] extra.
+    """
+
+
+def main() -> None:
+    """Entry point of `austeer-export`."""
+    if not sys.warnoptions:
+        # Deprecations inside libraries mean nothing to who runs a command; -W shows them.
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    cli()
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("pairs")
+@out_option
+@click.option(
+    "--to",
+    "routes",
+    type=click.Choice([route.value for route in Route]),
+    multiple=True,
+    help="Product to make; repeat for several.  [default: the adapter alone]",
+)
+@localize_options
+@fit_options
+@base_options
+@json_option
+def run(as_json: bool, routes: tuple[str, ...], **options: Any) -> None:
+    """The whole job: localize, fit, write each product, prove it, report."""
+    chosen = _run_options(options, tuple(dict.fromkeys(Route(route) for route in routes)))
+    from austeer.exporter.run import run_job
+
+    try:
+        with progress_on_terminal() as progress:
+            values = run_job(chosen, progress).values
+    except NoEffectError as error:
+        _print_run(error.report, chosen.out, as_json)
+        raise
+    _print_run(values, chosen.out, as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("pairs")
+@out_option
+@localize_options
+@click.option(
+    "--compat",
+    type=click.Choice(["reference"]),
+    help="reference: round activations to float16 as the paper's code does.",
+)
+@base_options
+@json_option
+def localize(as_json: bool, **options: Any) -> None:
+    """Score every unit and write the ranking to OUT, one .safetensors file."""
+    from austeer.exporter.stages import localize_job
+
+    with progress_on_terminal() as progress:
+        summary = localize_job(
+            _base(options),
+            options["pairs"],
+            options["out"],
+            components=options["components"],
+            batch_size=options["batch_size"],
+            compat=options["compat"],
+            progress=progress,
+        )
+    if as_json:
+        print_json(summary)
+        return
+    header = ("component", "layers", "width", "|β| = 1", "near ties", "best unit", "its β")
+    rows = [[str(row[key]) for key in row] for row in summary["components"]]
+    print_table(f"{summary['pairs']} pairs → {summary['path']}", header, rows)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("pairs")
+@out_option
+@localize_options
+@fit_options
+@base_options
+@json_option
+def fit(as_json: bool, **options: Any) -> None:
+    """Find units and their strength; write the adapter and its report to OUT."""
+    chosen = _run_options(options, ())
+    from austeer.exporter.run import fit_job
+
+    try:
+        with progress_on_terminal() as progress:
+            values = fit_job(chosen, progress).values
+    except NoEffectError as error:
+        _print_run(error.report, chosen.out, as_json)
+        raise
+    _print_run(values, chosen.out, as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("adapter")
+@out_option
+@steering_options
+@no_verify_option
+@base_options
+@json_option
+def merge(as_json: bool, **options: Any) -> None:
+    """Fold ADAPTER into the weights of MODEL: a plain safetensors checkpoint."""
+    _export(Route.SAFETENSORS, options, as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("adapter")
+@out_option
+@steering_options
+@no_verify_option
+@base_options
+@json_option
+def onnx(as_json: bool, **options: Any) -> None:
+    """Export MODEL steered by ADAPTER to ONNX, with a KV cache."""
+    _export(Route.ONNX, options, as_json)
+
+
+@cli.command()
+@click.argument("product", type=FOLDER)
+@click.option("--base", "model", required=True, help="Base model: directory or Hub id.")
+@click.option("--adapter", required=True, help="Adapter: directory or Hub id.")
+@steering_options
+@base_options
+@json_option
+def verify(as_json: bool, product: Path, **options: Any) -> None:
+    """Compare PRODUCT with its base model, steered live by its adapter."""
+    from austeer.exporter.products import verify_product
+
+    with progress_on_terminal():
+        export = verify_product(
+            product,
+            _base(options),
+            options["adapter"],
+            scale=options["scale"],
+            force=options["force"],
+            pairs_file=options["pairs"],
+        )
+    _print_product(export.row, as_json)
+
+
+@cli.command()
+@click.argument("adapter")
+@click.option("--base", type=FOLDER, help="Base model directory: check that it is the one.")
+@json_option
+def show(adapter: str, base: Path | None, as_json: bool) -> None:
+    """What ADAPTER steers: sites, units, gains, figures of its fit."""
+    from austeer.adapters.adapter import SteeringAdapter
+    from austeer.exporter.markdown import FIGURE_HEADER, SITE_HEADER, figure_rows, steered_rows
+    from austeer.exporter.steered import check_against, describe_adapter, fact_rows
+
+    loaded = SteeringAdapter.from_pretrained(adapter)
+    if base is not None:
+        check_against(loaded, base)
+    values = describe_adapter(loaded) | ({"base_matches": True} if base is not None else {})
+    if as_json:
+        print_json(values)
+        return
+    print_table(adapter, ("", ""), fact_rows(values))
+    print_table("Sites", SITE_HEADER, steered_rows(values["sites"]))
+    print_table("Test split", FIGURE_HEADER, figure_rows(values["fit"].get("test") or {}))
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Versions, onnxruntime providers, devices, op library; exits 1 on a problem."""
+    from austeer.exporter.environment import describe_environment, environment_rows
+
+    values = describe_environment()
+    if as_json:
+        print_json(values)
+    else:
+        print_table("Environment", ("", ""), environment_rows(values))
+        for problem in values["problems"]:
+            click.echo(f"problem: {problem}", err=True)
+    if values["problems"]:
+        raise click.exceptions.Exit(1)
+
+
+def _base(options: dict[str, Any]) -> BaseOptions:
+    names = ("model", "device", "dtype", "revision", "trust_remote_code")
+    return BaseOptions(**{name: options[name] for name in names})
+
+
+def _run_options(options: dict[str, Any], routes: tuple[Route, ...]) -> RunOptions:
+    base = _base(options)
+    rest = {key: value for key, value in options.items() if key not in BaseOptions.__slots__}
+    rest["components"] = tuple(Component(name) for name in options["components"])
+    command = shlex.join(["austeer-export", *sys.argv[1:]])
+    chosen = RunOptions(base=base, routes=routes, command=command, **rest)
+    # Before torch is imported, which alone takes seconds.
+    chosen.check()
+    return chosen
+
+
+def _export(route: Route, options: dict[str, Any], as_json: bool) -> None:
+    from austeer.exporter.products import export_product
+
+    request = ProductRequest(
+        base=_base(options),
+        adapter=options["adapter"],
+        route=route,
+        out=options["out"],
+        pairs=options["pairs"],
+        handling=Handling(
+            scale=options["scale"],
+            force=options["force"],
+            verify=not options["no_verify"],
+            trust_remote_code=options["trust_remote_code"],
+        ),
+    )
+    with progress_on_terminal() as progress:
+        export = export_product(request, progress)
+    _print_product(export.row, as_json)
+
+
+def _print_run(values: dict[str, Any], out: Path, as_json: bool) -> None:
+    from austeer.exporter import markdown
+
+    if as_json:
+        print_json(values | {"out": str(out)})
+        return
+    print_table("Test split", markdown.FIGURE_HEADER, markdown.figure_rows(values["test"]))
+    print_table("Products", markdown.PRODUCT_HEADER, markdown.product_rows(values["products"]))
+    click.echo(markdown.outcome_sentence(values))
+    for note in values["notes"]:
+        click.echo(f"note: {note}")
+    click.echo(f"Everything is in {out}")
+
+
+def _print_product(row: dict[str, Any], as_json: bool) -> None:
+    from austeer.exporter.markdown import PRODUCT_HEADER, product_rows
+
+    if as_json:
+        print_json(row)
+        return
+    print_table(
+        "Verified" if row["verified"] else "Not verified", PRODUCT_HEADER, product_rows([row])
+    )

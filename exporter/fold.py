@@ -1,0 +1,70 @@
+"""Gain arithmetic on one tensor: float64 inside, one rounding back to the stored dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+from austeer.adapters._errors import RouteError
+from austeer.exporter.plan import TensorEdit
+
+Array = np.ndarray[Any, Any]
+
+
+def fold_tensor(tensor: Array, edits: Sequence[TensorEdit]) -> Array:
+    """A copy of `tensor` with every edited slice multiplied by its gain.
+
+    Where edits along two axes cross, both gains apply before the one rounding.
+
+    Args:
+        tensor: the stored weight or bias, any float dtype.
+        edits: edits of this tensor, at most one per axis.
+
+    Raises:
+        RouteError: a value leaves the dtype's range; names the tensor and the unit.
+    """
+    gains = [np.ones(length) for length in tensor.shape]
+    for edit in edits:
+        gains[edit.axis][edit.index] *= edit.gain
+    folded = tensor.copy()
+    for edit in edits:
+        before = tensor.take(edit.index, axis=edit.axis)
+        wide = before.astype(np.float64)
+        for axis, gain in enumerate(gains):
+            factor = gain[edit.index] if axis == edit.axis else gain
+            wide *= factor.reshape([-1 if axis == other else 1 for other in range(wide.ndim)])
+        after = round_once(wide, tensor.dtype)
+        _check_range(before, after, edit)
+        folded[(slice(None),) * edit.axis + (edit.index,)] = after
+    return folded
+
+
+def round_once(wide: Float[np.ndarray, "*shape"], dtype: np.dtype[Any]) -> Array:
+    """Round float64 values to the nearest value of `dtype`, ties to even; overflow is inf."""
+    with np.errstate(over="ignore"):
+        if dtype != ml_dtypes.bfloat16:
+            return np.asarray(wide.astype(dtype))
+        # ml_dtypes goes through float32, which would round twice: truncating to float32 with
+        # a sticky last bit ("round to odd") keeps what the final rounding needs to know.
+        narrow = wide.astype(np.float32)
+        narrow = np.where(
+            np.abs(narrow) > np.abs(wide), np.nextafter(narrow, np.float32(0)), narrow
+        )
+        inexact = narrow.astype(np.float64) != wide
+        odd = (narrow.view(np.uint32) | inexact).view(np.float32)
+        return np.asarray(odd.astype(dtype))
+
+
+def _check_range(before: Array, after: Array, edit: TensorEdit) -> None:
+    left = np.isfinite(before.astype(np.float64)) & ~np.isfinite(after.astype(np.float64))
+    if not left.any():
+        return
+    row = int(np.argwhere(left)[0][edit.axis])
+    raise RouteError(
+        f"{edit.name}: unit {edit.index[row]} times gain {edit.gain[row]:g} leaves the range "
+        f"of {after.dtype}; lower the scale, or fold a checkpoint with a wider dtype"
+    )

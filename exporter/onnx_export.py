@@ -1,0 +1,272 @@
+"""Export a transformers model to ONNX with its KV cache, then graft an adapter onto it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from austeer.adapters._errors import RouteError
+from austeer.adapters._files import write_json
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import architecture_of
+from austeer.adapters.card import model_card
+from austeer.adapters.fingerprint import module_reader
+from austeer.graphs.graft import graft_model
+from austeer.graphs.model_io import save_model
+from austeer.graphs.tidy import tidy_causal_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL_NAME = "model.onnx"
+_WRAPPED = "decoder"
+"""Attribute of the wrapper that holds the model; taken off every path after the export."""
+
+_MASK_BY_LAYER_TYPE = frozenset({"gemma2", "qwen2", "qwen3"})
+"""Model types whose layers choose a mask by `config.layer_types`; the others share one."""
+
+_USAGE = """```python
+from optimum.onnxruntime import ORTModelForCausalLM
+
+model = ORTModelForCausalLM.from_pretrained("this/folder")
+```
+
+or, on stock onnxruntime and numpy alone, `austeer.graphs.OnnxCausalLM("this/folder")`."""
+
+
+def write_onnx(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: SteeringAdapter,
+    folder: Path,
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+) -> Path:
+    """Write the steered model as ONNX, with config, tokenizer and model card, into `folder`.
+
+    Args:
+        model: the adapter's base; it is not changed.
+        tokenizer: written beside the graph.
+        adapter: what to steer.
+        folder: an existing directory.
+        scale: strength factor, in the graph as `austeer.scale`.
+        force: accept a base model with other weights.
+
+    Returns:
+        The path of `model.onnx`.
+
+    Raises:
+        AdapterError: the model is not the adapter's base (unless `force`).
+        RouteError: the model cannot be exported to ONNX.
+        GraphError: a site cannot be found in the exported graph.
+        OutputError: the files cannot be written.
+    """
+    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
+    graph = export_graph(model)
+    graft_model(graph, adapter, scale)
+    path = folder / MODEL_NAME
+    save_model(graph, path)
+    _write_companions(model, tokenizer, folder)
+    card = model_card(adapter.config, "finetune", "onnx", _USAGE)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return path
+
+
+def export_base(model: PreTrainedModel, path: Path) -> None:
+    """Write the unsteered model to the new file `path`, as ONNX with KV cache.
+
+    Raises:
+        RouteError: the model cannot be exported to ONNX.
+        OutputError: the file exists or cannot be written.
+    """
+    save_model(export_graph(model), path)
+
+
+def export_graph(model: PreTrainedModel) -> ir.Model:
+    """The unsteered model as an ONNX graph with KV cache, any batch, any lengths.
+
+    Inputs and outputs have optimum's names. One graph serves prefill (past length 0) and
+    decoding. Weights are shared with `model`, which is not changed.
+
+    Raises:
+        ModelError: the architecture is not supported.
+        RouteError: the model cannot be exported to ONNX.
+    """
+    architecture_of(model.config.model_type)
+    _check_exportable(model)
+    with ExitStack() as stack:
+        stack.enter_context(_silence())
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.no_grad())
+        program = _trace(model)
+    graph = program.model
+    tidy_causal_lm(graph, model.config.num_hidden_layers, _WRAPPED)
+    return graph
+
+
+def _write_companions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    config = json.loads(model.config.to_json_string())
+    write_json(folder / "config.json", {**config, "architectures": [type(model).__name__]})
+    if model.generation_config is not None:
+        # Not `save_pretrained`: it refuses settings that many published models have.
+        generation = json.loads(model.generation_config.to_json_string())
+        write_json(folder / "generation_config.json", generation)
+    tokenizer.save_pretrained(folder)
+
+
+class _CachedDecoder(nn.Module):
+    """The model with flat tensors in and out, and its attention masks made explicit.
+
+    The masks are built here and not in transformers, so that one graph is right for prefill
+    and decoding, with padding, and beyond a sliding window, of which the cache keeps all.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.decoder = model
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B total"],
+        position_ids: Int[Tensor, "B T"],
+        *past: Float[Tensor, "B heads past size"],
+    ) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        output = self.decoder(
+            input_ids=input_ids,
+            attention_mask=self._masks(input_ids, attention_mask, past[0].dtype),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        layers = output.past_key_values.layers
+        return (
+            output.logits,
+            *(part for layer in layers for part in (layer.keys, layer.values)),
+        )
+
+    def _masks(
+        self, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
+        config = self.decoder.config
+        keys = torch.arange(attention_mask.shape[1], device=input_ids.device)
+        distance = keys[keys.shape[0] - input_ids.shape[1] :, None] - keys
+        # A token always sees itself: no row is empty, so padding cannot turn into NaN.
+        real = (attention_mask > 0)[:, None, None, :] | (distance == 0)
+        full = real & (distance >= 0)
+        window = getattr(config, "sliding_window", None)
+        sliding = full if window is None else full & (distance < window)
+        if config.model_type in _MASK_BY_LAYER_TYPE:
+            return {
+                "full_attention": _additive(full, dtype),
+                "sliding_attention": _additive(sliding, dtype),
+            }
+        return _additive(sliding, dtype)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(visible, zero, torch.finfo(dtype).min)
+
+
+def _check_exportable(model: PreTrainedModel) -> None:
+    parameters = getattr(model.config, "rope_parameters", None) or getattr(
+        model.config, "rope_scaling", None
+    )
+    kind = (parameters or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise RouteError(
+            f"rope_type {kind!r}: its frequencies depend on the length, which one ONNX graph "
+            "cannot follow; fold into safetensors instead"
+        )
+
+
+def _trace(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
+    arguments, shapes = _example(model)
+    try:
+        exported = torch.export.export(
+            _CachedDecoder(model), arguments, dynamic_shapes=shapes, strict=False
+        )
+        program = torch.onnx.export(exported, args=(), dynamo=True, verbose=False)
+    except Exception as error:
+        # torch wraps whatever it meets in errors of its own, many without a common base.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RouteError(
+            f"{model.config.model_type}: torch cannot export this model to ONNX ({reason})"
+        ) from error
+    if program is None:
+        raise RouteError(f"{model.config.model_type}: torch returned no ONNX model")
+    return program
+
+
+def _example(model: PreTrainedModel) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Example arguments and their dynamic axes; every dynamic length is distinct and > 1."""
+    batch, fresh, past = 2, 3, 4
+    device = model.device
+    heads, size, dtype = _cache_layout(model)
+    count = 2 * model.config.num_hidden_layers
+    arguments = (
+        torch.ones(batch, fresh, dtype=torch.long, device=device),
+        torch.ones(batch, past + fresh, dtype=torch.long, device=device),
+        torch.arange(past, past + fresh, device=device).repeat(batch, 1),
+        *(
+            torch.zeros(batch, heads, past, size, dtype=dtype, device=device)
+            for _ in range(count)
+        ),
+    )
+    b, t, p = (torch.export.Dim(name) for name in ("batch", "fresh", "past"))
+    total = torch.export.Dim.DYNAMIC
+    shapes = ({0: b, 1: t}, {0: b, 1: total}, {0: b, 1: t}, ({0: b, 2: p},) * count)
+    return arguments, shapes
+
+
+def _cache_layout(model: PreTrainedModel) -> tuple[int, int, torch.dtype]:
+    """Key-value heads, head size and dtype of the cache, read off a one-token run."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    key = model(input_ids=ids, use_cache=True).past_key_values.layers[0].keys
+    return key.shape[1], key.shape[3], key.dtype
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and an attention that can be traced; both as before on exit."""
+    training = [module for module in model.modules() if module.training]
+    attention = model.config._attn_implementation
+    model.eval()
+    if attention not in ("eager", "sdpa"):
+        model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = attention
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings and no log lines from the exporter: none is about the user's model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,97 @@
+"""The live torch model as a reference: logits with and without steering, greedy decoding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from austeer.adapters._errors import VerificationError
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.attach import steering_hooks
+from austeer.exporter.parity import Logits, top_margin
+
+Prompt = Int[np.ndarray, "1 tokens"]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[Prompt]:
+    """Token ids of each prompt, one row each, at most `limit` tokens; empty ones left out.
+
+    Raises:
+        VerificationError: nothing is left.
+    """
+    rows = [np.asarray([tokenizer(text)["input_ids"][:limit]], np.int64) for text in prompts]
+    rows = [row for row in rows if row.size]
+    if not rows:
+        raise VerificationError(
+            f"verification: expected at least one prompt with a token, got {len(prompts)} "
+            "without; give prompts"
+        )
+    return rows
+
+
+def context_length(model: Any) -> int:
+    """How many positions the model has."""
+    return int(getattr(model.config, "max_position_embeddings", 512))
+
+
+def float32_truth(model: Any) -> Any:
+    """`model` itself in float32, or a float32 copy of it: its weights, exact arithmetic."""
+    exact = model.dtype in (torch.float32, torch.float64)
+    return model if exact else copy.deepcopy(model).float()
+
+
+def model_logits(model: Any) -> Logits:
+    """Logits of one prompt, float32."""
+
+    def run(ids: Prompt) -> Float[np.ndarray, "tokens vocab"]:
+        with torch.no_grad():
+            output = model(torch.from_numpy(ids).to(model.device), use_cache=False)
+        return np.asarray(output.logits[0].float().cpu().numpy())
+
+    return run
+
+
+def steered_logits(model: Any, adapter: SteeringAdapter, scale: float) -> Logits:
+    """Logits of one prompt with the adapter attached, float32."""
+    plain = model_logits(model)
+
+    def run(ids: Prompt) -> Float[np.ndarray, "tokens vocab"]:
+        with steering_hooks(model, adapter.architecture, adapter.sites, scale):
+            return plain(ids)
+
+    return run
+
+
+def greedy_agreement(
+    model: Any, ids: Prompt, decoded: Int[np.ndarray, "1 tokens"], near_tie: float
+) -> float:
+    """Share of greedily decoded tokens that `model` would choose, too.
+
+    Where the first difference is a near-tie (the two best logits no further apart than
+    `near_tie`) both continuations are right and the rest is not compared.
+
+    Args:
+        model: the reference, decoding with its own KV cache.
+        ids: the prompt.
+        decoded: prompt and continuation.
+        near_tie: in logits.
+    """
+    length = ids.shape[1]
+    if decoded.shape[1] <= length or (decoded[:, :length] != ids).any():
+        return 0.0
+    continuation = decoded[0, length:]
+    step, cache = torch.from_numpy(ids).to(model.device), None
+    for count, token in enumerate(continuation):
+        with torch.no_grad():
+            output = model(step, past_key_values=cache, use_cache=True)
+        logits, cache = output.logits[0, -1].float().cpu().numpy(), output.past_key_values
+        if int(logits.argmax()) != token:
+            tie = float(top_margin(logits)) <= near_tie
+            return 1.0 if tie else count / len(continuation)
+        step = torch.full((1, 1), int(token), device=model.device)
+    return 1.0

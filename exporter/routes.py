@@ -1,0 +1,95 @@
+"""Routes out of an adapter, and what can be said about them before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+
+from austeer.adapters._errors import RouteError
+from austeer.adapters.config import Strength
+from austeer.adapters.sites import Component
+
+
+class Route(StrEnum):
+    """A kind of product."""
+
+    SAFETENSORS = "safetensors"
+    """A plain checkpoint with the gains folded into its weights."""
+    ONNX = "onnx"
+    """An ONNX model with an op at each steered site."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether the product has no place for an op, so that weights must absorb the gains."""
+        return self is Route.SAFETENSORS
+
+
+def resolve_strength(strength: str, routes: Sequence[Route]) -> Strength:
+    """`auto` is `fitted` where a product must fold, else `adaptive`."""
+    if strength != "auto":
+        return Strength(strength)
+    return Strength.FITTED if any(route.folds for route in routes) else Strength.ADAPTIVE
+
+
+def candidate_components(
+    components: Sequence[Component], routes: Sequence[Route]
+) -> tuple[Component, ...]:
+    """The components to choose from: those asked for, or all that every route can take."""
+    if components:
+        return tuple(dict.fromkeys(components))
+    folds = any(route.folds for route in routes)
+    return tuple(component for component in Component if component.foldable or not folds)
+
+
+def check_routes(
+    routes: Sequence[Route], strength: Strength, components: Sequence[Component]
+) -> None:
+    """Refuse what cannot come out in the end.
+
+    Raises:
+        RouteError: gains that depend on the input, or a component that no weight can absorb,
+            on a route that folds; a route whose packages are not installed.
+    """
+    for route in routes:
+        if route.folds and not strength.foldable:
+            raise RouteError(
+                f"--to {route}: strength {strength} depends on the input, no weight can "
+                "absorb it; use --strength fitted, or --to onnx alone"
+            )
+        for component in components:
+            if route.folds and not component.foldable:
+                raise RouteError(
+                    f"--to {route}: component {component} lies behind the residual add, no "
+                    "weight can absorb a gain there; leave it out, or use --to onnx alone"
+                )
+        _check_installed(route)
+
+
+def route_of(product: Path) -> Route:
+    """Recognize a product directory by its files.
+
+    Raises:
+        RouteError: neither an ONNX model nor safetensors weights in it, or both.
+    """
+    graph = any(product.glob("*.onnx"))
+    weights = any(product.glob("*.safetensors"))
+    if graph == weights:
+        raise RouteError(
+            f"{product}: expected a directory with *.onnx or *.safetensors, found "
+            f"{'both' if graph else 'neither'}; name the product directory itself, "
+            "such as OUT/safetensors or OUT/onnx"
+        )
+    return Route.ONNX if graph else Route.SAFETENSORS
+
+
+def _check_installed(route: Route) -> None:
+    if route is not Route.ONNX:
+        return
+    for package in ("onnxruntime", "onnxscript"):
+        if find_spec(package) is None:
+            raise RouteError(
+                f"--to {route}: package {package} is not installed; "
+                "pip install 'austeer[cpu]' (or [gpu])"
+            )

@@ -1,0 +1,220 @@
+"""The whole job: pairs in; adapter, products and report out, all published or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from austeer.adapters._errors import NoEffectError
+from austeer.adapters._files import publish_directory
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.fit import fit_strength
+from austeer.adapters.localization import Ranking, localize
+from austeer.adapters.measure import make_splits
+from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
+from austeer.exporter.products import (
+    Progress,
+    load_base,
+    make_product,
+    silent,
+    verification_prompts,
+)
+from austeer.exporter.report import build_report, write_report
+from austeer.exporter.samples import before_and_after
+from austeer.exporter.settings import Handling, RunOptions
+from austeer.exporter.stages import load_ranking, read_texts
+from austeer.exporter.steered import beta_ranges
+
+ADAPTER = "adapter"
+RANKING = "ranking.safetensors"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunReport:
+    """Result of a run.
+
+    Attributes:
+        out: the published directory.
+        values: content of its `report.json`.
+        adapter: the adapter in it.
+    """
+
+    out: Path
+    values: dict[str, Any]
+    adapter: SteeringAdapter
+
+
+class _Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = round(time.monotonic() - started, 2)
+
+
+def run_job(options: RunOptions, progress: Progress = silent) -> RunReport:
+    """Localize, fit, write every product, prove each, and publish them with a report.
+
+    Raises:
+        NoEffectError: nothing within the budget helps; `out` then holds the report and
+            neither an adapter nor a product, and the error's `report` is its content.
+        AusteerError: an input is unusable or a product differs from the attached model;
+            nothing is published.
+    """
+    return _Job(options, progress).run(whole=True)
+
+
+def fit_job(options: RunOptions, progress: Progress = silent) -> RunReport:
+    """Localize and fit; publish the adapter's files with the report beside them.
+
+    Raises:
+        NoEffectError: as for `run_job`.
+        AusteerError: an input is unusable; nothing is published.
+    """
+    return _Job(options, progress).run(whole=False)
+
+
+class _Job:
+    def __init__(self, options: RunOptions, progress: Progress) -> None:
+        options.check()
+        self._options, self._progress, self._clock = options, progress, _Clock()
+        # Cheap and often wrong, so before the model.
+        self._pairs = read_pairs(options.pairs)
+        self._test = read_pairs(options.test_pairs) if options.test_pairs else None
+        self._ranking = load_ranking(options.ranking, options.candidates)
+        self._texts = read_texts(options.neutral_text)
+        with self._stage("load"):
+            self._base = load_base(options.base)
+        self._pairs = render_pairs(self._pairs, self._base.tokenizer)
+        self._test = render_pairs(self._test, self._base.tokenizer) if self._test else None
+
+    def run(self, whole: bool) -> RunReport:
+        options = self._options
+        try:
+            with self._clock.time("fit"):
+                adapter, fit = self._fit(self._localized())
+        except NoEffectError as error:
+            error.report = self._report(error.report)
+            with publish_directory(options.out) as work:
+                write_report(error.report, work)
+            raise
+        with publish_directory(options.out) as work:
+            values = (self._write_run if whole else self._write_adapter)(adapter, fit, work)
+            write_report(values, work)
+        return RunReport(options.out, values, adapter)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Time a stage that reports no progress of its own, and announce it."""
+        self._progress(name, 0, 1)
+        with self._clock.time(name):
+            yield
+        self._progress(name, 1, 1)
+
+    def _localized(self) -> Ranking:
+        """The given ranking, or one of the fit split: test pairs must choose nothing."""
+        if self._ranking is None:
+            options = self._options
+            with self._clock.time("localize"):
+                self._ranking = localize(
+                    self._base.model,
+                    self._base.tokenizer,
+                    make_splits(self._pairs, self._test, options.seed).fit,
+                    components=options.candidates,
+                    batch_size=options.batch_size,
+                    progress=partial(self._progress, "localize"),
+                )
+        return self._ranking
+
+    def _fit(self, ranking: Ranking) -> tuple[SteeringAdapter, dict[str, Any]]:
+        options = self._options
+        adapter, report = fit_strength(
+            self._base.model,
+            self._base.tokenizer,
+            self._pairs,
+            ranking,
+            strength=options.resolved_strength,
+            kl_budget=options.kl_budget,
+            max_units=options.max_units,
+            components=options.candidates,
+            test_pairs=self._test,
+            rank=options.rank,
+            keep_sign=options.keep_sign,
+            neutral_text=self._texts,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            progress=self._progress,
+        )
+        config = dataclasses.replace(
+            adapter.config,
+            revision=options.base.revision,
+            fit=adapter.config.fit | {"beta": beta_ranges(adapter, ranking)},
+        )
+        return SteeringAdapter(config, adapter.sites), report
+
+    def _write_adapter(
+        self, adapter: SteeringAdapter, fit: dict[str, Any], work: Path
+    ) -> dict[str, Any]:
+        adapter.write_files(work)
+        return self._report(fit, adapter, samples=self._samples(adapter))
+
+    def _write_run(
+        self, adapter: SteeringAdapter, fit: dict[str, Any], work: Path
+    ) -> dict[str, Any]:
+        folder = work / ADAPTER
+        folder.mkdir()
+        adapter.write_files(folder)
+        self._localized().save(work / RANKING)
+        handling = Handling(trust_remote_code=self._options.base.trust_remote_code)
+        prompts = verification_prompts(self._test or self._pairs)
+        products = []
+        for route in self._options.routes:
+            product = work / route.value
+            product.mkdir()
+            with self._clock.time(route.value):
+                row = make_product(
+                    route, self._base, adapter, product, prompts, handling, self._progress
+                )
+            products.append(row)
+        return self._report(fit, adapter, products, self._samples(adapter))
+
+    def _samples(self, adapter: SteeringAdapter) -> list[dict[str, str]]:
+        with self._stage("samples"):
+            return before_and_after(self._base, adapter, self._test or self._pairs)
+
+    def _report(
+        self,
+        fit: dict[str, Any],
+        adapter: SteeringAdapter | None = None,
+        products: Sequence[dict[str, Any]] = (),
+        samples: Sequence[dict[str, str]] = (),
+    ) -> dict[str, Any]:
+        options = self._options
+        data = {"pairs": _described(options.pairs, self._pairs)}
+        if self._test is not None:
+            data["test_pairs"] = _described(options.test_pairs, self._test)
+        return build_report(
+            fit,
+            options=options.as_dict(),
+            data=data,
+            seconds=self._clock.seconds,
+            adapter=adapter,
+            products=products,
+            samples=samples,
+            command=options.command,
+        )
+
+
+def _described(path: str | None, pairs: list[ContrastivePair]) -> dict[str, Any]:
+    return {"path": path, "count": len(pairs), "digest": pairs_digest(pairs)}

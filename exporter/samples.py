@@ -1,0 +1,53 @@
+"""The same prompts continued by the base and by the steered model, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.pairs import ContrastivePair
+
+if TYPE_CHECKING:
+    from austeer.exporter.products import Base
+
+
+def before_and_after(
+    base: Base,
+    adapter: SteeringAdapter,
+    pairs: Sequence[ContrastivePair],
+    *,
+    count: int = 4,
+    new_tokens: int = 40,
+) -> list[dict[str, str]]:
+    """Greedy continuations of a few distinct prompts, spread over `pairs`.
+
+    Returns:
+        Entries with `prompt`, `base` and `steered`.
+    """
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs if pair.prompt))
+    prompts = prompts[:: max(1, len(prompts) // count)][:count]
+    before = [continue_greedily(base, prompt, new_tokens) for prompt in prompts]
+    with adapter.attached(base.model):
+        after = [continue_greedily(base, prompt, new_tokens) for prompt in prompts]
+    return [
+        {"prompt": prompt, "base": plain, "steered": steered}
+        for prompt, plain, steered in zip(prompts, before, after, strict=True)
+    ]
+
+
+@torch.no_grad()
+def continue_greedily(base: Base, prompt: str, new_tokens: int) -> str:
+    """Greedy continuation of one prompt; the prompt itself is left out."""
+    encoded = base.tokenizer(prompt, return_tensors="pt")
+    ids = encoded["input_ids"].to(base.model.device)
+    output = base.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=base.tokenizer.pad_token_id or 0,
+    )
+    return str(base.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

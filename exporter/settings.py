@@ -1,0 +1,154 @@
+"""What a job depends on, as frozen values that are checked before any model is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from austeer.adapters._errors import FitError
+from austeer.adapters._files import check_output_free
+from austeer.adapters.config import Strength
+from austeer.adapters.sites import Component
+from austeer.exporter.routes import (
+    Route,
+    candidate_components,
+    check_routes,
+    resolve_strength,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseOptions:
+    """How to load a base model.
+
+    Attributes:
+        model: directory or Hub id.
+        device: torch device.
+        dtype: name of a torch dtype, None for the checkpoint's own.
+        revision: Hub revision.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handling:
+    """How a product is written and proved.
+
+    Attributes:
+        scale: factor on every γ.
+        force: accept a base with other weights than the adapter was made for.
+        verify: compare the product with the attached model.
+        trust_remote_code: let transformers run code that the checkpoint brings.
+    """
+
+    scale: float = 1.0
+    force: bool = False
+    verify: bool = True
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductRequest:
+    """One product of an adapter that exists already.
+
+    Attributes:
+        base: the base model.
+        adapter: adapter directory or Hub id.
+        route: kind of product.
+        out: new directory for it.
+        handling: how it is written and proved.
+        pairs: file whose prompts verify the product besides the neutral ones.
+    """
+
+    base: BaseOptions
+    adapter: str
+    route: Route
+    out: Path
+    handling: Handling = Handling()
+    pairs: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Everything that a run depends on.
+
+    Attributes:
+        base: the model to steer.
+        pairs: contrastive pairs to localize and fit with: file or Hub dataset.
+        out: new directory for everything that comes out.
+        routes: products to make; none for an adapter alone.
+        test_pairs: pairs for the reported figures; a split of `pairs` without it.
+        components: places to choose from; empty for all that the routes can take.
+        strength: `auto`, `paper`, `oriented`, `fitted` or `adaptive`.
+        kl_budget: ceiling of mean KL(base ‖ steered) in nats per token.
+        max_units: ceiling of steered units.
+        rank: rank of the γ predictor.
+        keep_sign: never turn the sign of an activation.
+        neutral_text: text file for the side effect; sampled from the base without it.
+        ranking: localization of an earlier run to take up.
+        batch_size: pairs per forward pass.
+        seed: of splits, samples and training.
+        command: the command line, for the report.
+
+    Raises:
+        FitError: a number out of range.
+    """
+
+    base: BaseOptions
+    pairs: str
+    out: Path
+    routes: tuple[Route, ...] = ()
+    test_pairs: str | None = None
+    components: tuple[Component, ...] = ()
+    strength: str = "auto"
+    kl_budget: float = 0.1
+    max_units: int = 64
+    rank: int = 1
+    keep_sign: bool = False
+    neutral_text: Path | None = None
+    ranking: Path | None = None
+    batch_size: int = 16
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("max_units", "rank", "batch_size"):
+            if getattr(self, name) < 1:
+                raise FitError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.kl_budget > 0.0:
+            raise FitError(f"kl_budget: expected a number above 0, got {self.kl_budget}")
+
+    @property
+    def resolved_strength(self) -> Strength:
+        """The strength, `auto` decided by the routes."""
+        return resolve_strength(self.strength, self.routes)
+
+    @property
+    def candidates(self) -> tuple[Component, ...]:
+        """The components to choose from."""
+        return candidate_components(self.components, self.routes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option by name, for the report; `auto` and defaults decided."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        del values["base"], values["command"]
+        decided = {"strength": self.resolved_strength, "components": self.candidates}
+        return values | decided | dataclasses.asdict(self.base)
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything expensive.
+
+        Raises:
+            OutputError: `out` is taken.
+            RouteError: strength or components cannot take a route.
+        """
+        check_output_free(self.out)
+        check_routes(self.routes, self.resolved_strength, self.components)

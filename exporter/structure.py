@@ -1,0 +1,179 @@
+"""Checks a folded checkpoint against its base by reading both, without running a model.
+
+Independent of the fold's own arithmetic: the touched weights are judged by what they do to
+random activations, everything else must be the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+from austeer.adapters._errors import ModelError, VerificationError
+from austeer.adapters.adapter import SteeredSite, SteeringAdapter
+from austeer.adapters.sites import Component
+from austeer.adapters.tensors import Checkpoint, TensorEntry
+
+Array = np.ndarray[Any, Any]
+_CHUNK = 1 << 24
+_PROBES = 4
+_SLACK = 1e-12  # float64 sums of up to 10^5 terms, relative
+
+
+@dataclass(frozen=True, slots=True)
+class StructureReport:
+    """Result of `verify_fold_structure`.
+
+    Attributes:
+        touched: names of the tensors that carry gains.
+        identical: number of tensors with the base's exact bytes.
+        worst_error: largest error of a projection, 1 = what one rounding can do at most.
+    """
+
+    touched: tuple[str, ...]
+    identical: int
+    worst_error: float
+
+
+def verify_fold_structure(
+    base: Path, folder: Path, adapter: SteeringAdapter, scale: float = 1.0
+) -> StructureReport:
+    """Prove that `folder` is `base` with the adapter's gains folded in, and nothing else.
+
+    For each touched projection W'·x == g_out ⊙ W·(g_in ⊙ x) on random x within one rounding
+    of the stored dtype; biases likewise; slices without a gain and all other tensors are
+    byte-identical; config.json is the base's.
+
+    Args:
+        base: directory of the base checkpoint.
+        folder: directory of the folded checkpoint.
+        adapter: what was folded.
+        scale: factor on every γ.
+
+    Raises:
+        VerificationError: a difference; names the tensor.
+        ModelError: one of the two cannot be read.
+    """
+    before, after = Checkpoint(base), Checkpoint(folder)
+    _check_same_tensors(before, after)
+    if _json(base / "config.json") != _json(folder / "config.json"):
+        raise VerificationError(f"{folder}/config.json: differs from the base's")
+    gains = dict(_gains(adapter, before, scale))
+    for name in sorted(set(before) - set(gains)):
+        if not _same_bytes(before[name], after[name]):
+            raise VerificationError(
+                f"{folder}: {name} differs from the base, the adapter does not touch it"
+            )
+    worst = max(
+        _tensor_error(before[name], after[name], by_axis) for name, by_axis in gains.items()
+    )
+    return StructureReport(tuple(sorted(gains)), len(before) - len(gains), worst)
+
+
+def _gains(
+    adapter: SteeringAdapter, checkpoint: Checkpoint, scale: float
+) -> Iterator[tuple[str, dict[int, Float[np.ndarray, " width"]]]]:
+    """Per touched tensor the full gain vector of each axis."""
+    found: dict[str, dict[int, Array]] = {}
+    for steered in adapter.sites:
+        module = adapter.architecture.projection(steered.site)
+        axis = adapter.architecture.width_axis(steered.site.component)
+        targets = [(f"{module}.weight", axis)]
+        if steered.site.component is Component.FFN:
+            targets.append((f"{module}.bias", 0))
+        for name, along in targets:
+            entry = checkpoint.find(adapter.architecture.disk_names(name))
+            if entry is not None:
+                gain = _dense_gain(steered, entry.shape[along], scale)
+                found.setdefault(entry.name, {})[along] = gain
+            elif not name.endswith(".bias"):
+                raise VerificationError(f"{checkpoint.root}: {name} is not in the checkpoint")
+    yield from found.items()
+
+
+def _dense_gain(steered: SteeredSite, width: int, scale: float) -> Float[np.ndarray, " width"]:
+    steered.check_width(width)
+    gain = np.ones(width)
+    gain[steered.index] = 1.0 + scale * steered.gamma.astype(np.float64)
+    return gain
+
+
+def _tensor_error(
+    before: TensorEntry, after: TensorEntry, gains: dict[int, Float[np.ndarray, " width"]]
+) -> float:
+    """Largest error of one touched tensor, in units of the bound; above 1 is an error."""
+    old, new = before.read(), after.read()
+    free = np.ones(old.shape, dtype=bool)
+    for axis, gain in gains.items():
+        free &= (gain == 1.0).reshape([-1 if axis == other else 1 for other in range(old.ndim)])
+    bits = np.dtype(f"u{old.itemsize}")
+    if (old.view(bits)[free] != new.view(bits)[free]).any():
+        raise VerificationError(f"{after.file}: {after.name} differs where no unit is steered")
+    error = _projection_error(old, new, gains)
+    if not error <= 1.0:
+        raise VerificationError(
+            f"{after.file}: {after.name} is not the base times its gains: projections are off "
+            f"by {error:.3g} roundings of {old.dtype}, expected at most 1; fold again"
+        )
+    return error
+
+
+def _projection_error(
+    old: Array, new: Array, gains: dict[int, Float[np.ndarray, " width"]]
+) -> float:
+    """|x·W' − g_last ⊙ ((g_first ⊙ x)·W)| over its bound; axes as stored, biases as [1, n]."""
+    first = gains.get(0, np.ones(old.shape[0]))
+    last = gains.get(1, np.ones(old.shape[-1]))
+    if old.ndim == 1:
+        old, new, first, last = old[None], new[None], np.ones(1), first
+    wide, x = old.astype(np.float64), np.random.default_rng(0).normal(size=(_PROBES, len(old)))
+    expected = ((x * first) @ wide) * last
+    got = x @ new.astype(np.float64)
+    unit, spacing = _rounding(old.dtype)
+    magnitude = ((np.abs(x * first)) @ np.abs(wide)) * np.abs(last)
+    bound = (unit + _SLACK) * magnitude + spacing * np.abs(x).sum(1, keepdims=True)
+    return float((np.abs(got - expected) / bound).max())
+
+
+def _rounding(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Largest relative error of rounding to `dtype`, and largest error below its normals."""
+    facts = ml_dtypes.finfo(dtype)
+    return float(facts.eps) / 2, float(facts.smallest_subnormal)
+
+
+def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> None:
+    facts = [{name: (e.dtype, e.shape) for name, e in c.items()} for c in (before, after)]
+    different = sorted(
+        name for name in set(before) | set(after) if facts[0].get(name) != facts[1].get(name)
+    )
+    if different:
+        name = different[0]
+        raise VerificationError(
+            f"{after.root}: {name}: expected {facts[0].get(name)}, found {facts[1].get(name)}; "
+            "is it a fold of this base?"
+        )
+
+
+def _same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
+    with before.file.open("rb") as first, after.file.open("rb") as second:
+        first.seek(before.start)
+        second.seek(after.start)
+        for done in range(0, before.size, _CHUNK):
+            length = min(_CHUNK, before.size - done)
+            if first.read(length) != second.read(length):
+                return False
+    return True
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot read it as JSON ({error})") from error

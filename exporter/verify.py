@@ -1,0 +1,145 @@
+"""Proves a product before it is published: reloaded from disk, compared with the live model.
+
+Everything is judged against a float32 truth: the base in float32 with hooks. A reduced
+dtype earns an allowance on top of the float32 bound, measured and never guessed: for a fold
+see `austeer.exporter.allowance`; an ONNX graph also rounds activations, as the live model in
+that dtype does, so its allowance is twice the live model's own distance from the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from austeer.adapters._errors import VerificationError
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.attach import steering_hooks
+from austeer.adapters.fingerprint import module_reader
+from austeer.exporter.allowance import SAFETY, fold_rounding, rounding_allowance
+from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
+from austeer.exporter.reference import (
+    context_length,
+    encode_prompts,
+    float32_truth,
+    greedy_agreement,
+    model_logits,
+    steered_logits,
+)
+from austeer.exporter.structure import verify_fold_structure
+
+__all__ = ["ParityReport", "verify_checkpoint", "verify_fold_structure", "verify_onnx"]
+
+
+def verify_checkpoint(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    adapter: SteeringAdapter,
+    prompts: Sequence[str],
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> ParityReport:
+    """Compare a steered checkpoint, reloaded with plain transformers, with the attached model.
+
+    Args:
+        folder: the product.
+        model: the live base model, any dtype; left as it was.
+        tokenizer: its tokenizer.
+        adapter: what was folded.
+        prompts: texts to compare on, at every position.
+        scale: factor on every γ.
+        force: accept a base with another fingerprint.
+        trust_remote_code: let transformers run code from `folder`.
+
+    Raises:
+        VerificationError: the product does not load, or there is nothing to compare on.
+        AdapterError: `model` is not the adapter's base (unless `force`).
+    """
+    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
+    encoded = encode_prompts(tokenizer, prompts, context_length(model))
+    product = _reload(folder, model, trust_remote_code)
+    truth = float32_truth(model)
+    steered = steered_logits(truth, adapter, scale)
+    found = compare_logits(encoded, model_logits(product), steered, model_logits(truth))
+    tolerance = float32_bound(found.peak)
+    unit, spacing = fold_rounding(folder, model, adapter)
+    if unit > torch.finfo(torch.float32).eps:
+        tolerance += rounding_allowance(truth, adapter, scale, encoded, unit, spacing)
+    return found.report("safetensors", folder.name, len(encoded), tolerance=tolerance)
+
+
+def verify_onnx(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    adapter: SteeringAdapter,
+    prompts: Sequence[str],
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+    greedy_tokens: int = 16,
+    greedy_prompts: int = 4,
+) -> ParityReport:
+    """Compare `folder/model.onnx` on onnxruntime with the attached model; decode, too.
+
+    Args:
+        folder: the product.
+        model: the live base model, any dtype.
+        tokenizer: its tokenizer.
+        adapter: what was grafted.
+        prompts: texts to compare on, at every position.
+        scale: factor on every γ.
+        force: accept a base with another fingerprint.
+        greedy_tokens: tokens to decode greedily with the KV cache.
+        greedy_prompts: on how many of the prompts.
+
+    Raises:
+        GraphError: the graph does not load or run.
+        VerificationError: there is nothing to compare on.
+        AdapterError: `model` is not the adapter's base (unless `force`).
+    """
+    from austeer.graphs import OnnxCausalLM
+
+    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
+    encoded = encode_prompts(tokenizer, prompts, context_length(model) - greedy_tokens)
+    runner = OnnxCausalLM(folder / "model.onnx")
+    truth = float32_truth(model)
+    steered = steered_logits(truth, adapter, scale)
+    found = compare_logits(
+        encoded, lambda ids: runner.logits(ids)[0], steered, model_logits(truth)
+    )
+    tolerance = float32_bound(found.peak)
+    if truth is not model:
+        live = steered_logits(model, adapter, scale)
+        noise = max(float(np.abs(live(ids) - steered(ids)).max()) for ids in encoded)
+        tolerance += SAFETY * noise
+    starts = encoded[:greedy_prompts]
+    decoded = [runner.generate(ids, greedy_tokens) for ids in starts]
+    with steering_hooks(truth, adapter.architecture, adapter.sites, scale):
+        shares = [
+            greedy_agreement(truth, ids, found_ids, 2 * tolerance)
+            for ids, found_ids in zip(starts, decoded, strict=True)
+        ]
+    greedy = float(np.mean(shares))
+    return found.report("onnx", folder.name, len(encoded), tolerance=tolerance, greedy=greedy)
+
+
+def _reload(folder: Path, model: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        product = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=model.dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise VerificationError(
+            f"safetensors product {folder.name}: transformers cannot load it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); not published"
+        ) from error
+    return product.eval().float().to(model.device)

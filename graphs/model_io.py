@@ -1,0 +1,145 @@
+"""Load and save ONNX models: one file while it is small, external data beside it otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import onnx
+import onnx_ir as ir
+
+from austeer.adapters._errors import GraphError, OutputError
+from austeer.adapters._files import publish_file
+
+SINGLE_FILE_LIMIT = 1_500_000_000
+"""Bytes of weights up to which a model is one file; protobuf cannot hold more than 2 GB."""
+
+
+def load_model(path: Path) -> ir.Model:
+    """Read a model; external data stays on disk and is mapped when needed.
+
+    Raises:
+        GraphError: missing, not ONNX, truncated, or its external data is missing, truncated
+            or outside the model's folder.
+    """
+    proto = _read_proto(path)
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:
+        # The IR raises many kinds of errors for many kinds of nonsense.
+        raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from error
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    for tensor in external_tensors(model):
+        _check_external(path, tensor)
+    return model
+
+
+def save_model(model: ir.Model, path: Path, *, limit: int = SINGLE_FILE_LIMIT) -> None:
+    """Write a model to the new file `path`, atomically, and check it.
+
+    Weights go to `path` itself up to `limit` bytes, else to `<name>.data` beside it.
+    External data that is in the same folder already stays where it is.
+
+    Raises:
+        OutputError: `path` or its data file exists, or the filesystem refuses.
+        GraphError: the written model is not valid ONNX.
+    """
+    data = path.with_name(f"{path.name}.data")
+    for taken in (path, data):
+        if taken.exists():
+            raise OutputError(f"{taken}: exists already; remove it or choose another name")
+    split = _needs_data_file(model, path, limit)
+    try:
+        with publish_file(path) as work:
+            if not split:
+                _embed_foreign(model, path)
+            ir.save(model, work, format="protobuf", external_data=data.name if split else None)
+            _check(work, path)
+    except BaseException:
+        if split:
+            data.unlink(missing_ok=True)
+        raise
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """The main graph's initializers that are stored outside the model file."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
+
+
+def _read_proto(path: Path) -> onnx.ModelProto:
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise GraphError(f"{path}: cannot read the ONNX model ({error.strerror})") from error
+    except Exception as error:
+        # The parser's own error class depends on which protobuf is installed.
+        raise GraphError(
+            f"{path}: not an ONNX model, or truncated; export or download it again"
+        ) from error
+    # Some garbage, the empty file included, parses as a message without content.
+    if not proto.ir_version or not proto.opset_import or not proto.graph.node:
+        raise GraphError(
+            f"{path}: not a complete ONNX model (no version, opset or nodes); "
+            "export or download it again"
+        )
+    return proto
+
+
+def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
+    location = PurePosixPath(str(tensor.location).replace("\\", "/"))
+    if location.is_absolute() or ".." in location.parts:
+        raise GraphError(
+            f"{path}: tensor {tensor.name} points to {location}, outside the model's folder; "
+            "such a file is refused"
+        )
+    data = path.parent / location
+    if not data.is_file():
+        raise GraphError(
+            f"{path}: external data {data} of tensor {tensor.name} is missing; "
+            "put it beside the model"
+        )
+    offset = tensor.offset or 0
+    needed = offset + (tensor.nbytes if tensor.length is None else tensor.length)
+    if tensor.length not in (None, tensor.nbytes) or needed > data.stat().st_size:
+        raise GraphError(
+            f"{path}: external data {data} is too short for tensor {tensor.name} "
+            f"({needed} bytes needed, {data.stat().st_size} there); download it again"
+        )
+
+
+def _needs_data_file(model: ir.Model, path: Path, limit: int) -> bool:
+    inside = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and not _is_beside(tensor, path):
+            inside += tensor.nbytes
+    return inside > limit
+
+
+def _embed_foreign(model: ir.Model, path: Path) -> None:
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not _is_beside(tensor, path):
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def _is_beside(tensor: ir.TensorProtocol, path: Path) -> bool:
+    """Whether the tensor is stored in the folder that `path` will be in."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return False
+    return Path(tensor.base_dir).resolve() == path.parent.resolve()
+
+
+def _check(work: Path, path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(work))
+    except onnx.checker.ValidationError as error:
+        raise GraphError(
+            f"{path}: the written model is not valid ONNX ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

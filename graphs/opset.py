@@ -1,0 +1,62 @@
+"""The steering operators: domain, version, names and input lists, stated once.
+
+    SteerAU(x: T[..., D], idx: int64[k], gamma: float[k], scale: float[1]) -> y: T[..., D]
+    SteerAUAdaptive(x, idx, gamma, V: float[k, r], b: float[r], U: float[r, k], scale) -> y
+
+T is float, float16 or bfloat16; every input is required. `y` is `x` with the k selected
+entries of its last axis multiplied by a gain, in float32, rounded once:
+
+    SteerAU          gain = 1 + scale · gamma
+    SteerAUAdaptive  gain = 1 + scale · gamma · phi,  phi = 4 · sigmoid((x[idx] V + b) U - ln 3)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAIN = "ai.austeer"
+VERSION = 1
+
+MIN_ONNX_OPSET = 15
+"""The function bodies need `CastLike`, which the default domain has since opset 15."""
+
+PREFIX = "austeer"
+"""First part of every name that a graft adds to a graph."""
+
+SCALE_NAME = f"{PREFIX}.scale"
+"""The initializer that all steering nodes of a model share."""
+
+
+@dataclass(frozen=True, slots=True)
+class SteerOp:
+    """One operator.
+
+    Attributes:
+        name: operator type in `DOMAIN`.
+        tensors: its inputs that hold a site's constants, between `x` and `scale`.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """All input names, in order."""
+        return ("x", *self.tensors, "scale")
+
+
+STEER_AU = SteerOp("SteerAU", ("idx", "gamma"))
+STEER_AU_ADAPTIVE = SteerOp("SteerAUAdaptive", ("idx", "gamma", "V", "b", "U"))
+STEER_OPS = (STEER_AU, STEER_AU_ADAPTIVE)
+
+_FILE_NAMES = {"idx": "index"}
+
+
+def node_name(site_key: str) -> str:
+    """Graph name of a site's node: `austeer.layers.{i}.{component}`."""
+    return f"{PREFIX}.{site_key}"
+
+
+def initializer_name(site_key: str, tensor: str) -> str:
+    """Graph name of a site's constant: `austeer.layers.{i}.{component}.{index|gamma|V|b|U}`."""
+    return f"{node_name(site_key)}.{_FILE_NAMES.get(tensor, tensor)}"

@@ -1,0 +1,202 @@
+"""Run an exported causal language model on stock onnxruntime, with numpy and no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from austeer.adapters._errors import GraphError
+
+MODEL_NAME = "model.onnx"
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_ELEMENTS = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
+"""Element type of a tensor as onnxruntime names it → its number in ONNX, bytes per element."""
+
+
+class OnnxCausalLM:
+    """A causal language model with KV cache, in optimum's naming.
+
+    Inputs `input_ids, attention_mask[, position_ids], past_key_values.{i}.{key|value}`,
+    outputs `logits, present.{i}.{key|value}`.
+
+    Args:
+        path: the `.onnx` file, or a folder with `model.onnx` in it.
+        threads: threads per operator; None leaves the choice to onnxruntime.
+        providers: execution providers, first choice first.
+
+    Raises:
+        GraphError: onnxruntime is not installed, or cannot load the model, or the model has
+            no KV cache in the naming above.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        path = Path(path)
+        self._path = path / MODEL_NAME if path.is_dir() else path
+        self._runtime = _onnxruntime()
+        self._session = self._load(threads, providers)
+        inputs = {item.name: item for item in self._session.get_inputs()}
+        self._past = [name for name in inputs if _PAST.fullmatch(name)]
+        self._presents = [name.replace("past_key_values", "present") for name in self._past]
+        self._has_positions = "position_ids" in inputs
+        self._check_names(set(inputs))
+        self._heads = {name: tuple(inputs[name].shape[1::2]) for name in self._past}
+        self._element, self._size = _ELEMENTS[inputs[self._past[0]].type]
+
+    def logits(
+        self,
+        input_ids: Int[np.ndarray, "B T"],
+        attention_mask: Int[np.ndarray, "B T"] | None = None,
+    ) -> Float[np.ndarray, "B T V"]:
+        """Logits of every position, in float32.
+
+        Args:
+            input_ids: token ids.
+            attention_mask: 0 where a token is padding (on the left), 1 elsewhere.
+
+        Raises:
+            GraphError: shapes that differ, or onnxruntime fails.
+        """
+        ids, mask = _batch(input_ids, attention_mask)
+        return self._step(ids, mask, self._empty_cache(len(ids)))[0]
+
+    def generate(
+        self,
+        input_ids: Int[np.ndarray, "B T"],
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
+        attention_mask: Int[np.ndarray, "B T"] | None = None,
+    ) -> Int[np.ndarray, "B T_and_new"]:
+        """Greedy continuation: one prefill, then one token at a time with the KV cache.
+
+        Args:
+            input_ids: token ids of the prompts, padded on the left.
+            max_new_tokens: most tokens to add.
+            eos_token_id: tokens that end a row; an ended row repeats its last token until
+                all rows have ended. None never ends early.
+            attention_mask: 0 where a token is padding, 1 elsewhere.
+
+        Raises:
+            GraphError: shapes that differ, or onnxruntime fails.
+        """
+        ids, mask = _batch(input_ids, attention_mask)
+        stop = np.atleast_1d(np.asarray([] if eos_token_id is None else eos_token_id, np.int64))
+        cache, fresh = self._empty_cache(len(ids)), ids
+        ended = np.zeros((len(ids), 1), bool)
+        for _ in range(max_new_tokens):
+            logits, cache = self._step(fresh, mask, cache)
+            best = logits[:, -1].argmax(-1, keepdims=True)
+            fresh = np.where(ended, ids[:, -1:], best)
+            ids = np.concatenate([ids, fresh], axis=1)
+            mask = np.concatenate([mask, np.ones_like(fresh)], axis=1)
+            ended |= np.isin(fresh, stop)
+            if ended.all():
+                break
+        return ids
+
+    def _step(
+        self, fresh: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B total"], cache: list[Any]
+    ) -> tuple[Float[np.ndarray, "B T V"], list[Any]]:
+        feeds = {"input_ids": fresh, "attention_mask": mask}
+        if self._has_positions:
+            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+            feeds["position_ids"] = positions[:, mask.shape[1] - fresh.shape[1] :]
+        values = {name: self._value(array) for name, array in feeds.items()}
+        values.update(zip(self._past, cache, strict=True))
+        try:
+            # The cache stays in the runtime's own values: no copy, any dtype.
+            logits, *cache = self._session.run_with_ort_values(
+                ["logits", *self._presents], values
+            )
+        except Exception as error:
+            raise GraphError(f"{self._path}: {_reason(error)}") from error
+        return _float32(logits), cache
+
+    def _value(self, array: np.ndarray) -> Any:
+        return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def _empty_cache(self, batch: int) -> list[Any]:
+        shapes = ((batch, heads, 0, size) for heads, size in self._heads.values())
+        create = self._runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
+        return [create(np.zeros(shape, f"u{self._size}"), self._element) for shape in shapes]
+
+    def _load(self, threads: int | None, providers: Sequence[str]) -> Any:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if not self._path.is_file():
+            raise GraphError(f"{self._path}: no such ONNX model")
+        try:
+            return self._runtime.InferenceSession(
+                str(self._path), options, providers=list(providers)
+            )
+        except Exception as error:
+            # Each failure of onnxruntime has a class of its own, without a common base.
+            raise GraphError(f"{self._path}: {_reason(error)}") from error
+
+    def _check_names(self, inputs: set[str]) -> None:
+        outputs = {item.name for item in self._session.get_outputs()}
+        missing = sorted({"input_ids", "attention_mask"} - inputs)
+        missing += sorted({"logits", *self._presents} - outputs)
+        if missing or not self._past:
+            raise GraphError(
+                f"{self._path}: not a causal language model with KV cache in optimum's naming "
+                f"(missing: {', '.join(missing) or 'past_key_values.0.key'})"
+            )
+
+
+def _batch(
+    input_ids: Int[np.ndarray, "B T"], attention_mask: Int[np.ndarray, "B T"] | None
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    ids = np.asarray(input_ids, np.int64)
+    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int64)
+    if ids.ndim != 2 or ids.shape != mask.shape or not ids.size:
+        raise GraphError(
+            "input_ids: expected [batch, tokens] and a mask of that shape, "
+            f"got {ids.shape} and {mask.shape}"
+        )
+    return ids, mask
+
+
+def _float32(value: Any) -> Float[np.ndarray, "*shape"]:
+    if value.data_type() != "tensor(bfloat16)":
+        return np.asarray(value.numpy(), np.float32)
+    # numpy has no bfloat16 and onnxruntime refuses to convert: read its memory, widen the bits.
+    shape = value.shape()
+    memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    wide = np.frombuffer(memory, np.uint16).astype(np.uint32) << 16
+    return wide.view(np.float32).reshape(shape)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise GraphError(
+            "onnxruntime is not installed; run: pip install 'austeer[cpu]' (or 'austeer[gpu]')"
+        ) from error
+    return onnxruntime
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "NOT_IMPLEMENTED" in text and "Could not find an implementation" in text:
+        return (
+            f"onnxruntime has no kernel for a part of this model ({text}); its CPU provider "
+            "does not compute in bfloat16: export a model loaded in float32, or run on a GPU"
+        )
+    return text

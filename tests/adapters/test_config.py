@@ -1,0 +1,119 @@
+"""`adapter_config.json`: what is written comes back; what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from austeer.adapters import AdapterConfig, AdapterError, Component, Strength
+
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+
+
+def config(**changes: Any) -> AdapterConfig:
+    facts: dict[str, Any] = {
+        "base_model_name_or_path": "someone/model",
+        "base_model_fingerprint": DIGEST,
+        "model_type": "llama",
+        "components": (Component.ATTENTION, Component.FFN),
+        "strength": Strength.FITTED,
+        "k": 3,
+    }
+    return AdapterConfig(**facts | changes)
+
+
+def stored(**changes: Any) -> dict[str, Any]:
+    """The JSON of a good config, with changes; None removes a key."""
+    values: dict[str, Any] = {
+        "alpha": None,
+        "base_model_fingerprint": DIGEST,
+        "base_model_name_or_path": "someone/model",
+        "components": ["attention", "ffn"],
+        "fit": {},
+        "format_version": 1,
+        "k": 3,
+        "model_type": "llama",
+        "peft_type": "AUSTEER",
+        "rank": 0,
+        "revision": None,
+        "strength": "fitted",
+        "versions": {},
+    }
+    values |= changes
+    return {name: value for name, value in values.items() if value != "absent"}
+
+
+def test_file_has_the_documented_keys(tmp_path: Path) -> None:
+    config(versions={}).save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == stored()
+
+
+def test_saved_config_comes_back(tmp_path: Path) -> None:
+    written = config(
+        strength=Strength.ADAPTIVE,
+        rank=2,
+        alpha=1.5,
+        revision="main",
+        fit={"test": {"kl": 0.05}, "pairs": "sha256:x"},
+    )
+    written.save(tmp_path)
+    assert AdapterConfig.load(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version 2, this release reads 1"),
+        ({"format_version": "absent"}, "format_version None"),
+        ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"strength": "absent"}, "key 'strength' is missing"),
+        ({"components": "absent"}, "key 'components' is missing"),
+        ({"k": "absent"}, "'k'"),
+        ({"strength": "brute"}, "'brute' is not a valid Strength"),
+        ({"components": ["heart"]}, "'heart' is not a valid Component"),
+        ({"components": []}, "components: expected at least one"),
+        ({"components": 3}, "not iterable"),
+        ({"peft_type": "LORA"}, "peft_type: expected AUSTEER, found 'LORA'"),
+        ({"base_model_fingerprint": "sha256:short"}, "64 hex digits"),
+        ({"base_model_fingerprint": None}, "64 hex digits"),
+        ({"base_model_name_or_path": 7}, "base_model_name_or_path: expected a string"),
+        ({"model_type": None}, "model_type: expected a string"),
+        ({"k": 0}, "k: expected a positive integer, found 0"),
+        ({"k": True}, "k: expected a positive integer, found True"),
+        ({"k": 2.5}, "k: expected a positive integer, found 2.5"),
+        ({"rank": -1}, "rank: expected an integer"),
+        ({"rank": 1}, "exactly for strength adaptive"),
+        ({"strength": "adaptive"}, "exactly for strength adaptive"),
+    ],
+)
+def test_bad_values_are_named_with_the_file(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(stored(**changes)))
+    with pytest.raises(AdapterError, match=message) as error:
+        AdapterConfig.load(tmp_path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object, found list")]
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterError, match=message):
+        AdapterConfig.load(tmp_path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"is .* an adapter directory"):
+        AdapterConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize("strength", Strength)
+def test_only_adaptive_depends_on_the_token(strength: Strength) -> None:
+    assert strength.foldable == (strength.value != "adaptive")
+    assert strength.trained == (strength.value in ("fitted", "adaptive"))

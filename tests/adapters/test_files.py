@@ -1,0 +1,163 @@
+"""Publishing is all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from austeer.adapters import OutputError
+from austeer.adapters._files import publish_directory, publish_file, write_json
+
+
+@pytest.fixture
+def umask() -> Iterator[int]:
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_directory_appears_complete(tmp_path: Path, umask: int) -> None:
+    out = tmp_path / "a" / "b" / "out"
+    with publish_directory(out) as work:
+        assert work.parent == out.parent and not out.exists()
+        (work / "sub").mkdir()
+        (work / "sub" / "file").write_text("x")
+    assert (out / "sub" / "file").read_text() == "x"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert mode(out) == 0o777 & ~umask
+    assert mode(out / "sub" / "file") == 0o666 & ~umask
+
+
+def test_empty_directory_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with publish_directory(out) as work:
+        (work / "file").write_text("x")
+    assert (out / "file").is_file()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), publish_directory(tmp_path / "out") as work:
+        (work / "file").write_text("x")
+        raise error
+    with pytest.raises(error), publish_file(tmp_path / "file") as path:
+        path.write_text("x")
+        raise error
+    assert not any(tmp_path.iterdir())
+
+
+def _full(out: Path) -> None:
+    out.mkdir()
+    (out / "precious").write_text("data")
+
+
+def _file(out: Path) -> None:
+    out.write_text("data")
+
+
+def _link_to_empty(out: Path) -> None:
+    (out.parent / "target").mkdir()
+    out.symlink_to(out.parent / "target")
+
+
+def _dangling(out: Path) -> None:
+    out.symlink_to(out.parent / "nowhere")
+
+
+@pytest.mark.parametrize("taken", [_full, _file, _link_to_empty, _dangling])
+def test_taken_output_is_refused_before_any_work(tmp_path: Path, taken: object) -> None:
+    out = tmp_path / "out"
+    assert callable(taken)
+    taken(out)
+    before = sorted(tmp_path.rglob("*"))
+    wanted = "expected a new or empty directory"
+    with pytest.raises(OutputError, match=wanted), publish_directory(out):
+        pytest.fail("the body must not run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_directory_filled_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="meanwhile"), publish_directory(out) as work:
+        (work / "file").write_text("mine")
+        _full(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "precious").read_text() == "data"
+
+
+def test_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError), publish_directory(tmp_path / "file" / "out"):
+        pytest.fail("the body must not run")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EFBIG, "too large"),
+    ],
+)
+def test_refusals_of_the_filesystem_become_one_line(
+    tmp_path: Path, number: int, message: str
+) -> None:
+    for publish in (publish_directory, publish_file):
+        with pytest.raises(OutputError, match=message) as error, publish(tmp_path / "out"):
+            raise OSError(number, os.strerror(number))
+        assert str(tmp_path / "out") in str(error.value) and "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_writers_that_hide_the_errno(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no space left"), publish_directory(tmp_path / "out"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), publish_directory(tmp_path / "out"):
+        (tmp_path / "nowhere").read_text()
+
+
+def test_file_is_replaced_atomically(tmp_path: Path, umask: int) -> None:
+    out = tmp_path / "new" / "file"
+    for text in ("one", "two"):
+        with publish_file(out) as work:
+            assert work != out
+            work.write_text(text)
+        assert out.read_text() == text
+    assert [path.name for path in out.parent.iterdir()] == ["file"]
+    assert mode(out) == 0o666 & ~umask
+
+
+def test_failed_file_keeps_the_old_one(tmp_path: Path) -> None:
+    out = tmp_path / "file"
+    out.write_text("old")
+    with pytest.raises(ValueError, match="stop"), publish_file(out) as work:
+        work.write_text("new")
+        raise ValueError("stop")
+    assert out.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_file_over_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="found a directory"), publish_file(tmp_path):
+        pytest.fail("the body must not run")
+
+
+def test_json_is_stable_text(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"β": 1.5, "a": [True, None]})
+    expected = '{\n  "a": [\n    true,\n    null\n  ],\n  "β": 1.5\n}\n'
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == expected
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "b.json", {"x": float("nan")})

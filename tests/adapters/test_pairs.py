@@ -1,0 +1,384 @@
+"""Pairs: every format, every bad row, and splits that depend on content alone."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import random
+import subprocess
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from austeer.adapters import ContrastivePair, PairsError, read_pairs, split_pairs
+from austeer.adapters.pairs import pairs_digest, render_pairs
+
+GOOD = {"prompt": "Tom felt", "positive": " happy", "negative": " sad"}
+TURNS = [{"role": "user", "content": "Tom felt"}]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def refusal(source: Path | str) -> str:
+    with pytest.raises(PairsError) as caught:
+        read_pairs(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def make(number: int, prompt: str | None = None) -> ContrastivePair:
+    return ContrastivePair(f"p{number}" if prompt is None else prompt, f"+{number}", "-")
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "pairs.jsonl",
+        [GOOD, "", {"prompt": "", "positive": "é\u2028x", "negative": "b", "note": [1]}],
+    )
+    assert read_pairs(path) == [
+        ContrastivePair("Tom felt", " happy", " sad", None, f"{path}:1"),
+        ContrastivePair("", "é\u2028x", "b", None, f"{path}:3"),
+    ]
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
+    assert read_pairs(path)[0].prompt == "Tom felt"
+
+
+def test_csv_with_quoted_line_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["id", "negative", "prompt", "positive"])
+        writer.writerow(["1", " sad", "Tom,\nthen\r\nMia", ' "happy"'])
+        writer.writerow(["2", "b", "", "a"])
+    assert read_pairs(path) == [
+        ContrastivePair("Tom,\nthen\r\nMia", ' "happy"', " sad", None, f"{path}:2"),
+        ContrastivePair("", "a", "b", None, f"{path}:5"),
+    ]
+
+
+def test_csv_with_messages(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["prompt", "messages", "positive", "negative"])
+        writer.writerow(["", json.dumps(TURNS), "a", "b"])
+        writer.writerow(["p", "", "a", "b"])
+    chat, plain = read_pairs(path)
+    assert chat.messages == tuple(TURNS) and plain.messages is None and plain.prompt == "p"
+
+
+BAD_ROWS: dict[str, tuple[Any, str]] = {
+    "not json": ("{nope", "not valid JSON"),
+    "too deep": ("[" * 100_000, "not valid JSON"),
+    "a list": ([1], "expected a JSON object, found list"),
+    "a number": (3, "expected a JSON object, found 3"),
+    "no prompt": ({"positive": "a", "negative": "b"}, "prompt (or messages) is missing"),
+    "no positive": ({"prompt": "p", "negative": "b"}, "key positive is missing"),
+    "no negative": ({"prompt": "p", "positive": "b"}, "key negative is missing"),
+    "null prompt": ({**GOOD, "prompt": None}, "prompt: expected text, found null"),
+    "number": ({**GOOD, "positive": 3.5}, "positive: expected text, found 3.5"),
+    "boolean": ({**GOOD, "positive": True}, "positive: expected text, found true"),
+    "list": ({**GOOD, "negative": ["x"]}, "negative: expected text, found list"),
+    "empty positive": ({**GOOD, "positive": ""}, "positive is empty"),
+    "blank negative": ({**GOOD, "negative": " \n"}, "negative is empty"),
+    "same": ({**GOOD, "negative": " happy"}, "same text"),
+    "half a surrogate": (
+        '{"prompt": "\\ud800", "positive": "a", "negative": "b"}',
+        "prompt: half of a surrogate",
+    ),
+    "both": ({**GOOD, "messages": TURNS}, "both prompt and messages"),
+    "messages text": ({"messages": "hi", "positive": "a", "negative": "b"}, "found text"),
+    "messages empty": ({"messages": [], "positive": "a", "negative": "b"}, "found empty list"),
+    "turn text": (
+        {"messages": ["hi"], "positive": "a", "negative": "b"},
+        "turn 1: expected an object",
+    ),
+    "turn without role": (
+        {"messages": [*TURNS, {"content": "x"}], "positive": "a", "negative": "b"},
+        "turn 2: key role is missing",
+    ),
+    "turn content list": (
+        {"messages": [{"role": "user", "content": [1]}], "positive": "a", "negative": "b"},
+        "turn 1: content: expected text",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_row_names_file_line_and_fault(tmp_path: Path, case: str) -> None:
+    row, fault = BAD_ROWS[case]
+    path = write(tmp_path / "pairs.jsonl", [GOOD, row])
+    message = refusal(path)
+    assert message.startswith(f"{path}:2: ") and fault in message
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", [GOOD])
+    path.write_bytes(path.read_bytes() + '{"prompt": "é"}'.encode("latin-1"))
+    message = refusal(path)
+    assert message.startswith(f"{path}:2: not UTF-8") and "0xe9" in message
+
+
+def test_repeated_pair_names_both_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", [GOOD, {**GOOD, "prompt": "x"}, {**GOOD, "id": 1}])
+    message = refusal(path)
+    assert f"{path}:3: " in message and f"{path}:1" in message.split(": ", 1)[1]
+
+
+def test_repeated_messages(tmp_path: Path) -> None:
+    row = {"messages": TURNS, "positive": "a", "negative": "b"}
+    assert "repeats" in refusal(write(tmp_path / "pairs.jsonl", [row, row]))
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv"])
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_empty_file(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert "has no pairs" in refusal(path)
+
+
+def test_csv_with_a_header_only(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,positive,negative\n")
+    assert "has no pairs" in refusal(path)
+
+
+BAD_CSV = {
+    "no header": ("Tom felt, happy, sad\n", ":1: expected a header"),
+    "no prompt": ("positive,negative\na,b\n", ":1: expected a header"),
+    "too few cells": ("prompt,positive,negative\n\np,a\n", ":3: expected 3 cells"),
+    "too many cells": ("prompt,positive,negative\np,a,b,c\n", ":2: expected 3 cells"),
+    "open quote": ('prompt,positive,negative\np,a,"b\n', "not valid CSV"),
+    "quote inside": ('prompt,positive,negative\np,"a"x,b\n', ":2: not valid CSV"),
+    "empty completion": ("prompt,positive,negative\np,,b\n", ":2: positive is empty"),
+    "messages not json": ("messages,positive,negative\nhi,a,b\n", ":2: messages: not valid"),
+    "both": ('prompt,messages,positive,negative\np,"[1]",a,b\n', ":2: has both"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CSV)
+def test_bad_csv(tmp_path: Path, case: str) -> None:
+    text, fault = BAD_CSV[case]
+    path = tmp_path / "pairs.csv"
+    path.write_text(text)
+    assert fault in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/a/b/c", "a/b/c.csv", ""])
+def test_nothing_there(name: str) -> None:
+    assert "nothing there" in refusal(name)
+
+
+def test_directory_and_unknown_ending(tmp_path: Path) -> None:
+    assert "found a directory" in refusal(tmp_path)
+    (tmp_path / "pairs.xlsx").write_bytes(b"x")
+    assert ".jsonl" in refusal(tmp_path / "pairs.xlsx")
+
+
+def fake_datasets(load: Callable[..., Any]) -> types.ModuleType:
+    module = types.ModuleType("datasets")
+    module.load_dataset = load  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize("source", ["pairs.parquet", "owner/set", "set"])
+def test_parquet_and_hub_without_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.parquet").touch()
+    assert "pip install 'austeer[data]'" in refusal(source)
+
+
+def test_parquet_and_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(name: str, **options: Any) -> list[dict[str, Any]]:
+        calls.append((name, options))
+        return [
+            {**GOOD, "messages": None},
+            {"prompt": None, "messages": TURNS, "positive": "a", "negative": "b"},
+        ]
+
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(load))
+    path = tmp_path / "pairs.parquet"
+    path.touch()
+    plain, chat = read_pairs(path)
+    assert (plain.prompt, plain.messages, plain.where) == ("Tom felt", None, f"{path}:1")
+    assert chat.messages == tuple(TURNS)
+    assert read_pairs("owner/set", split="test")[1].where == "owner/set[test]:2"
+    assert calls == [
+        ("parquet", {"streaming": True, "data_files": str(path), "split": "train"}),
+        ("owner/set", {"streaming": True, "split": "test"}),
+    ]
+
+
+def test_what_datasets_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, **options: Any) -> Any:
+        raise FileNotFoundError("no such set\non the Hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(load))
+    message = refusal("owner/set")
+    assert "owner/set[train]" in message and "no such set on the Hub" in message
+
+
+def test_bad_row_of_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [GOOD, {**GOOD, "positive": None}]
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(lambda *_, **__: rows))
+    assert refusal("owner/set").startswith("owner/set[train]:2: positive: expected text")
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_messages_are_rendered_once_and_without_a_second_bos(chat_tokenizer: Any) -> None:
+    pairs = [make(1), ContrastivePair("", "a", "b", tuple(TURNS), "f:2")]
+    rendered = render_pairs(pairs, chat_tokenizer)
+    assert rendered[0] == pairs[0]
+    assert rendered[1].prompt == "user: Tom felt\nassistant:"
+    assert render_pairs(rendered, chat_tokenizer) == rendered
+    assert pairs_digest(rendered) == pairs_digest(pairs)
+    ids = chat_tokenizer(rendered[1].prompt + "a")["input_ids"]
+    assert ids.count(chat_tokenizer.bos_token_id) == 1
+
+
+def test_bos_of_the_template_stays_where_the_tokenizer_adds_none(chat_tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    chat_tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    rendered = render_pairs([ContrastivePair("", "a", "b", tuple(TURNS))], chat_tokenizer)
+    assert rendered[0].prompt.startswith("<s>user")
+
+
+def test_tokenizer_without_a_template(tiny_tokenizer: Any) -> None:
+    with pytest.raises(PairsError, match=r"f:2: .*no chat template"):
+        render_pairs([ContrastivePair("", "a", "b", tuple(TURNS), "f:2")], tiny_tokenizer)
+
+
+def test_template_that_refuses_a_role(chat_tokenizer: Any) -> None:
+    chat_tokenizer.chat_template = "{{ raise_exception('no\nsuch role') }}"
+    with pytest.raises(PairsError, match=r"f:2: .*no such role"):
+        render_pairs([ContrastivePair("", "a", "b", tuple(TURNS), "f:2")], chat_tokenizer)
+
+
+def sizes(splits: list[list[ContrastivePair]]) -> list[int]:
+    return [len(split) for split in splits]
+
+
+@pytest.mark.parametrize(
+    ("count", "fractions", "wanted"),
+    [
+        (100, (0.6, 0.2, 0.2), [60, 20, 20]),
+        (8, (0.5, 0.25, 0.25), [4, 2, 2]),
+        (3, (0.9, 0.05, 0.05), [1, 1, 1]),
+        (10, (1.0,), [10]),
+    ],
+)
+def test_fractions(count: int, fractions: tuple[float, ...], wanted: list[int]) -> None:
+    assert sizes(split_pairs([make(i) for i in range(count)], fractions)) == wanted
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    prompts=st.lists(st.sampled_from(["", "a", "b", "c", "d", "e"]), min_size=3, max_size=40),
+    seed=st.integers(0, 5),
+)
+def test_split_partitions_whatever_the_order(prompts: list[str], seed: int) -> None:
+    pairs = [make(number, prompt) for number, prompt in enumerate(prompts)]
+    shuffled = random.Random(seed).sample(pairs, len(pairs))
+    try:
+        splits = split_pairs(pairs, (0.5, 0.3, 0.2), seed)
+    except PairsError:
+        assert len(set(prompts)) < 3
+        return
+    assert splits == split_pairs(shuffled, (0.5, 0.3, 0.2), seed)
+    assert Counter(p for split in splits for p in split) == Counter(pairs)
+    assert all(splits)
+    held = [{pair.prompt for pair in split if pair.prompt} for split in splits]
+    prompt, most = Counter(prompts).most_common(1)[0]
+    if not prompt or most * 2 <= len(pairs):
+        assert not (held[0] & held[1] or held[0] & held[2] or held[1] & held[2])
+
+
+def test_one_prompt_for_most_pairs_is_split_all_the_same() -> None:
+    pairs = [make(number, "same" if number < 60 else None) for number in range(100)]
+    assert sizes(split_pairs(pairs, (0.6, 0.2, 0.2))) == [60, 20, 20]
+
+
+def test_another_seed_gives_another_split() -> None:
+    pairs = [make(number) for number in range(50)]
+    first, second = (set(split_pairs(pairs, (0.5, 0.5), seed)[0]) for seed in (0, 1))
+    assert first != second
+
+
+def test_split_is_the_same_in_another_process() -> None:
+    code = (
+        "from austeer.adapters.pairs import *\n"
+        "pairs = [ContrastivePair(f'p{i}', f'+{i}', '-') for i in range(40)]\n"
+        "print([p.prompt for p in split_pairs(pairs, (0.5, 0.5), 3)[0]])\n"
+        "import sys; assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7"},
+    )
+    here = split_pairs([make(number) for number in range(40)], (0.5, 0.5), 3)[0]
+    assert shown.stdout.strip() == str([pair.prompt for pair in here])
+
+
+@pytest.mark.parametrize("fractions", [(), (0.5, 0.4), (1.2, -0.2), (1.0, 0.0)])
+def test_bad_fractions(fractions: tuple[float, ...]) -> None:
+    with pytest.raises(PairsError, match="sum 1"):
+        split_pairs([make(number) for number in range(9)], fractions)
+
+
+def test_too_few_groups_for_the_splits() -> None:
+    pairs = [make(number, "ab"[number % 2]) for number in range(10)]
+    with pytest.raises(PairsError, match=r"10 pairs with 2 distinct prompts .* 3 splits"):
+        split_pairs(pairs, (0.6, 0.2, 0.2))
+    with pytest.raises(PairsError, match="0 pairs"):
+        split_pairs([], (0.6, 0.4))
+
+
+def test_digest_depends_on_content_alone() -> None:
+    pairs = [make(1), make(2)]
+    moved = ContrastivePair("p1", "+1", "-", None, "elsewhere:9")
+    assert pairs_digest(pairs) == pairs_digest([make(2), moved])
+    assert pairs_digest(pairs) != pairs_digest([make(1), make(3)])
+    assert pairs_digest(pairs) != pairs_digest(pairs[:1])
+    # The three texts must not run into each other.
+    assert pairs_digest([ContrastivePair("a", "b", "c")]) != pairs_digest(
+        [ContrastivePair("ab", "", "c")]
+    )

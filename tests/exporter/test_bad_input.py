@@ -1,0 +1,362 @@
+"""Bad input through the command line: one clear line, a non-zero exit, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
+
+from austeer.adapters import SteeringAdapter
+from austeer.exporter.cli import cli
+
+PAIRS = [
+    {
+        "prompt": f"{who} went to the {place}",
+        "positive": f" {mood} happy",
+        "negative": " sad so",
+    }
+    for who in ("Tom", "Mia")
+    for place in ("park", "home", "sun")
+    for mood in ("very", "so", "and", "then")
+]
+
+
+@pytest.fixture
+def base(saved_model: Callable[..., Path]) -> Path:
+    return saved_model("llama")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "pairs.jsonl", PAIRS)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
+    made = SteeringAdapter.from_units(
+        tiny_model("llama"), "attention", layers=[0, 1], units=[3, 5], gamma=[1.0, -0.5]
+    )
+    return made.save_pretrained(tmp_path / "adapter")
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def tree(root: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(root)): path.stat().st_size if path.is_file() else -1
+        for path in sorted(root.rglob("*"))
+    }
+
+
+def refused(root: Path, *arguments: object, says: tuple[str, ...]) -> Result:
+    """Run a command that must fail in one clear line and leave `root` as it is."""
+    before = tree(root)
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code != 0
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.output
+    assert "bug" not in lines[0]
+    for words in says:
+        assert words in lines[0]
+    assert result.stdout == ""
+    assert tree(root) == before
+    return result
+
+
+def run(model: object, pairs: object, tmp_path: Path, *more: object) -> list[object]:
+    component = () if "--component" in more else ("--component", "attention")
+    return ["run", model, pairs, "-o", tmp_path / "out", *component, *more]
+
+
+# The model directory
+
+
+def test_missing_model(tmp_path: Path, pairs: Path) -> None:
+    missing = tmp_path / "nowhere"
+    refused(tmp_path, *run(missing, pairs, tmp_path), says=(str(missing), "check the path"))
+
+
+def test_config_that_is_not_json(tmp_path: Path, base: Path, pairs: Path) -> None:
+    (base / "config.json").write_text("{not json")
+    refused(tmp_path, *run(base, pairs, tmp_path), says=("config.json", "not valid JSON"))
+
+
+def test_directory_without_a_config(tmp_path: Path, base: Path, pairs: Path) -> None:
+    (base / "config.json").unlink()
+    refused(tmp_path, *run(base, pairs, tmp_path), says=("config.json",))
+
+
+def test_unsupported_architecture(tmp_path: Path, base: Path, pairs: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    says = ("'mamba'", "not supported", "architectures.py")
+    refused(tmp_path, *run(base, pairs, tmp_path), says=says)
+
+
+def test_config_without_weights(tmp_path: Path, base: Path, pairs: Path) -> None:
+    (base / "model.safetensors").unlink()
+    refused(tmp_path, *run(base, pairs, tmp_path), says=(str(base), "no weights"))
+
+
+def test_pickle_only_weights(tmp_path: Path, base: Path, pairs: Path) -> None:
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    refused(tmp_path, *run(base, pairs, tmp_path), says=("pickle", "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights(tmp_path: Path, base: Path, pairs: Path, keep: int) -> None:
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    refused(tmp_path, *run(base, pairs, tmp_path), says=("model.safetensors", "truncated"))
+
+
+def test_corrupt_weights(tmp_path: Path, base: Path, pairs: Path, adapter: Path) -> None:
+    weights = base / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[8:40] = os.urandom(32)
+    weights.write_bytes(bytes(data))
+    says = ("model.safetensors", "corrupt")
+    refused(tmp_path, *run(base, pairs, tmp_path), says=says)
+    refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
+
+
+def test_missing_shard(
+    tmp_path: Path, saved_model: Callable[..., Path], pairs: Path, adapter: Path
+) -> None:
+    base = saved_model("llama", max_shard_size="20KB")
+    shard = sorted(base.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    refused(tmp_path, *run(base, pairs, tmp_path), says=(shard.name, "missing"))
+
+
+# Pairs
+
+
+def test_missing_pairs(tmp_path: Path, base: Path) -> None:
+    refused(tmp_path, *run(base, tmp_path / "no.jsonl", tmp_path), says=("no.jsonl",))
+
+
+def test_empty_pairs(tmp_path: Path, base: Path) -> None:
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    refused(tmp_path, *run(base, empty, tmp_path), says=("empty.jsonl", "no pairs"))
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_empty_completion(tmp_path: Path, base: Path, side: str) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [PAIRS[0], PAIRS[1] | {side: ""}])
+    refused(tmp_path, *run(base, bad, tmp_path), says=("bad.jsonl:2", side))
+
+
+def test_row_that_is_not_json(tmp_path: Path, base: Path) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [PAIRS[0], "{oops"])
+    refused(tmp_path, *run(base, bad, tmp_path), says=("bad.jsonl:2", "JSON"))
+
+
+def test_duplicate_pairs(tmp_path: Path, base: Path) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [*PAIRS, PAIRS[3]])
+    says = (f"bad.jsonl:{len(PAIRS) + 1}", "bad.jsonl:4")
+    refused(tmp_path, *run(base, bad, tmp_path), says=says)
+
+
+def test_prompt_that_exceeds_the_context(tmp_path: Path, base: Path) -> None:
+    long = PAIRS[0] | {"prompt": "Tom went home " * 200}
+    bad = write_rows(tmp_path / "bad.jsonl", [*PAIRS[1:], long])
+    refused(tmp_path, *run(base, bad, tmp_path), says=(f"bad.jsonl:{len(PAIRS)}", "128"))
+
+
+def test_too_few_pairs(tmp_path: Path, base: Path) -> None:
+    few = write_rows(tmp_path / "few.jsonl", PAIRS[:1])
+    refused(tmp_path, *run(base, few, tmp_path), says=("1",))
+
+
+def test_test_pair_that_is_also_a_training_pair(
+    tmp_path: Path, base: Path, pairs: Path
+) -> None:
+    test = write_rows(tmp_path / "test.jsonl", [PAIRS[2]])
+    arguments = run(base, pairs, tmp_path, "--test-pairs", test)
+    refused(tmp_path, *arguments, says=("test.jsonl:1",))
+
+
+# The model's numbers
+
+
+def test_non_finite_activations(tmp_path: Path, base: Path, pairs: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.mlp.down_proj.weight"))
+    weights[name][:] = np.nan
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, *run(base, pairs, tmp_path, "--component", "ffn"), says=("finite",))
+
+
+def test_more_units_than_exist(tmp_path: Path, base: Path, pairs: Path) -> None:
+    arguments = run(base, pairs, tmp_path, "--max-units", 100_000)
+    refused(tmp_path, *arguments, says=("100000", "attention has 64"))
+
+
+# The adapter
+
+
+@pytest.mark.parametrize("command", ["merge", "onnx"])
+def test_adapter_for_another_base(
+    tmp_path: Path, tiny_model: Callable[..., Any], base: Path, command: str
+) -> None:
+    other = tiny_model("llama", seed=7)
+    made = SteeringAdapter.from_units(other, "attention", [0], [3], [1.0])
+    adapter = made.save_pretrained(tmp_path / "other")
+    says = ("another base", made.config.base_model_fingerprint, "--force")
+    refused(tmp_path, command, base, adapter, "-o", tmp_path / "out", says=says)
+    refused(tmp_path, "show", adapter, "--base", base, says=says[:2])
+
+
+def change_config(adapter: Path, **values: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_tensors(adapter: Path, **values: Any) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name.replace("__", "."): v for name, v in values.items()}, path)
+
+
+def test_adapter_with_unknown_key(tmp_path: Path, base: Path, adapter: Path) -> None:
+    change_config(adapter, surprise=1)
+    refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=("'surprise'",))
+
+
+def test_adapter_with_unknown_version(tmp_path: Path, base: Path, adapter: Path) -> None:
+    change_config(adapter, format_version=99)
+    says = ("format_version 99", "update austeer")
+    refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
+
+
+def test_units_out_of_range(tmp_path: Path, base: Path, adapter: Path) -> None:
+    change_tensors(adapter, layers__0__attention__index=np.array([4096]))
+    says = ("layers.0.attention", "4096", "width 32")
+    refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
+
+
+def test_duplicate_units(tmp_path: Path, base: Path, adapter: Path) -> None:
+    change_tensors(
+        adapter,
+        layers__0__attention__index=np.array([3, 3]),
+        layers__0__attention__gamma=np.array([1.0, 2.0], np.float32),
+    )
+    says = ("layers.0.attention", "unit 3", "2 times")
+    refused(tmp_path, "show", adapter, says=says)
+    refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
+
+
+def test_directory_that_is_no_adapter(tmp_path: Path, base: Path) -> None:
+    says = ("adapter_config.json",)
+    refused(tmp_path, "merge", base, base, "-o", tmp_path / "out", says=says)
+
+
+# The output
+
+
+@pytest.mark.parametrize("command", ["run", "fit", "merge", "onnx"])
+def test_output_directory_that_is_not_empty(
+    tmp_path: Path, base: Path, pairs: Path, adapter: Path, command: str
+) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("precious")
+    second = pairs if command in ("run", "fit") else adapter
+    refused(tmp_path, command, base, second, "-o", taken, says=(str(taken), "not empty"))
+
+
+def test_output_file_that_exists(tmp_path: Path, base: Path, pairs: Path) -> None:
+    taken = tmp_path / "ranking.safetensors"
+    taken.write_text("precious")
+    refused(tmp_path, "localize", base, pairs, "-o", taken, says=(str(taken), "existing file"))
+
+
+def test_output_below_a_file(tmp_path: Path, base: Path, adapter: Path) -> None:
+    out = base / "config.json" / "out"
+    refused(tmp_path, "merge", base, adapter, "-o", out, says=("config.json", "exists"))
+
+
+def test_disk_full_while_syncing(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    says = ("no space left", "nothing was left behind")
+    refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
+
+
+@pytest.fixture
+def file_size_limit() -> Any:
+    """No file may grow beyond 2 kB: the kernel itself refuses the write."""
+    import resource
+    import signal
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("command", ["merge", "onnx"])
+def test_write_that_the_kernel_refuses(
+    tmp_path: Path, base: Path, adapter: Path, command: str, file_size_limit: None
+) -> None:
+    out = tmp_path / "out"
+    refused(tmp_path, command, base, adapter, "-o", out, says=("out", "file too large"))
+
+
+def test_disk_full_at_the_end_of_a_run(
+    tmp_path: Path, base: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # Whether this run helps or not, its report must be written.
+    monkeypatch.setattr("austeer.exporter.run.write_report", full)
+    arguments = run(base, pairs, tmp_path, "--strength", "oriented", "--max-units", 4)
+    refused(tmp_path, *arguments, says=("no space left",))
+
+
+def test_read_only_parent(tmp_path: Path, base: Path, adapter: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root writes into read-only directories")
+    parent = tmp_path / "locked"
+    parent.mkdir(mode=0o555)
+    says = ("permission denied",)
+    refused(tmp_path, "merge", base, adapter, "-o", parent / "out", says=says)
+
+
+def test_product_that_lost_its_file(tmp_path: Path, base: Path, adapter: Path) -> None:
+    empty = tmp_path / "product"
+    empty.mkdir()
+    arguments = ("verify", empty, "--base", base, "--adapter", adapter)
+    refused(tmp_path, *arguments, says=("*.onnx or *.safetensors",))
+
+
+def test_product_that_is_not_steered(tmp_path: Path, base: Path, adapter: Path) -> None:
+    copy = tmp_path / "product"
+    shutil.copytree(base, copy)
+    arguments = ("verify", copy, "--base", base, "--adapter", adapter)
+    assert refused(tmp_path, *arguments, says=()).exit_code == 4

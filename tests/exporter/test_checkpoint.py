@@ -1,0 +1,208 @@
+"""What is copied, what stays behind, and that a patch touches nothing else."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from austeer.adapters import ModelError
+from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.checkpoint import copy_checkpoint, copy_file, patch_tensor, shared_names
+
+TAKEN = (
+    "LICENSE",
+    "LICENSE-MODEL.txt",
+    "USE_POLICY.md",
+    "chat_template.jinja",
+    "configuration_custom.py",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+)
+LEFT = (
+    ".gitattributes",
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "consolidated.safetensors",
+    "flax_model.msgpack",
+    "model.fp16.safetensors",
+    "model.gguf",
+    "model.onnx",
+    "optimizer.pt",
+    "picture.png",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "tf_model.h5",
+    "training_args.bin",
+)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A made-up model directory with every kind of file."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    weights = {
+        "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "b": np.ones(5, np.float16),
+        "c": np.zeros((2, 2), np.float32),
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", *TAKEN, *LEFT):
+        (folder / name).write_bytes(f"content of {name}".encode())
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "config.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_copies_what_loading_needs_and_nothing_else(base: Path, out: Path) -> None:
+    names = copy_checkpoint(Checkpoint(base), out)
+    template = "additional_chat_templates/tool_use.jinja"
+    expected = {"config.json", "model.safetensors", template, *TAKEN}
+    found = listing(out)
+    assert set(found) == expected == set(names)
+    assert all(found[name] == (base / name).read_bytes() for name in expected)
+
+
+def test_links_of_a_hub_cache_become_files(base: Path, tmp_path: Path, out: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in list(base.iterdir()):
+        if path.is_file():
+            blob = path.rename(blobs / f"sha-{path.name}")
+            path.symlink_to(os.path.relpath(blob, base))
+            blob.chmod(0o444)
+    copy_checkpoint(Checkpoint(base), out)
+    for name in ("model.safetensors", "config.json"):
+        assert not (out / name).is_symlink()
+        assert (out / name).read_bytes() == (blobs / f"sha-{name}").read_bytes()
+        assert (out / name).stat().st_mode & 0o200, "a copy must be writable to be patched"
+
+
+def test_dangling_link_is_named(base: Path, out: Path) -> None:
+    (base / "vocab.json").unlink()
+    (base / "vocab.json").symlink_to(base / "gone")
+    with pytest.raises(ModelError, match=r"vocab\.json: expected a file"):
+        copy_checkpoint(Checkpoint(base), out)
+
+
+def test_sharded_copies_the_index(saved_model: Callable[..., Path], out: Path) -> None:
+    base = saved_model("llama", max_shard_size="20KB")
+    names = copy_checkpoint(Checkpoint(base), out)
+    assert "model.safetensors.index.json" in names
+    assert sum(name.endswith(".safetensors") for name in names) > 1
+    assert listing(out).items() <= listing(base).items()
+
+
+def test_stale_index_beside_a_single_file_stays_behind(base: Path, out: Path) -> None:
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
+    copy_checkpoint(Checkpoint(base), out)
+    assert not (out / "model.safetensors.index.json").exists()
+
+
+def test_patch_changes_one_tensor_and_counts(base: Path, out: Path) -> None:
+    checkpoint = Checkpoint(base)
+    copy_checkpoint(checkpoint, out)
+
+    def double_last_row(tensor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        changed = tensor.copy()
+        changed[2] *= 2
+        return changed
+
+    assert patch_tensor(checkpoint["a"], out, double_last_row) == 4
+    patched = Checkpoint(out)
+    assert patched["a"].read()[2].tolist() == [16, 18, 20, 22]
+    entry = checkpoint["a"]
+    before, after = ((f / "model.safetensors").read_bytes() for f in (base, out))
+    assert before[: entry.start] == after[: entry.start]
+    assert before[entry.start + entry.size :] == after[entry.start + entry.size :]
+    assert patch_tensor(checkpoint["b"], out, lambda tensor: tensor) == 0
+
+
+def test_minus_zero_counts_as_a_change(base: Path, out: Path) -> None:
+    checkpoint = Checkpoint(base)
+    copy_checkpoint(checkpoint, out)
+    assert patch_tensor(checkpoint["c"], out, lambda tensor: -tensor) == 4
+
+
+def test_shared_names_come_from_the_writers_note(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_model
+
+    first, second, third = (torch.nn.Linear(3, 3, bias=False) for _ in range(3))
+    second.weight = first.weight
+    net = torch.nn.ModuleDict({"first": first, "second": second, "third": third})
+    save_model(net, str(tmp_path / "model.safetensors"))
+    assert shared_names(Checkpoint(tmp_path)) == {
+        "first.weight": ("second.weight",),
+        "second.weight": ("first.weight",),
+    }
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EINVAL])
+def test_copy_without_the_kernels_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    kernel, calls = os.copy_file_range, []
+
+    def gives_up(source: int, target: int, count: int) -> int:
+        if calls:
+            raise OSError(number, os.strerror(number))
+        calls.append(count)
+        return kernel(source, target, 1000)
+
+    monkeypatch.setattr(os, "copy_file_range", gives_up)
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 40)
+    copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_copy_where_the_kernel_claims_the_end_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    (tmp_path / "a").write_bytes(b"content")
+    copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"content"
+
+
+def test_full_disk_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    (tmp_path / "a").write_bytes(b"content")
+    with pytest.raises(OSError, match="No space left"):
+        copy_file(tmp_path / "a", tmp_path / "b")
+
+
+def test_copy_never_overwrites(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"new")
+    (tmp_path / "b").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"old"

@@ -1,0 +1,131 @@
+"""Gain arithmetic: the identities, exact rounding, range."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from austeer.adapters import RouteError
+from austeer.exporter.fold import fold_tensor, round_once
+from austeer.exporter.plan import TensorEdit
+
+DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+def edit(axis: int, index: list[int], gain: list[float]) -> TensorEdit:
+    return TensorEdit("w", axis, np.array(index), np.array(gain), ())
+
+
+def random_weight(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def nearest(value: Fraction, dtype: Any) -> float:
+    """The representable number nearest to `value`, ties to even, by trying neighbours."""
+    start = np.asarray([float(value)]).astype(dtype)
+    bits = start.view(np.uint16 if start.itemsize == 2 else np.uint32)
+    exact = []
+    for step in (-1, 0, 1):
+        number = (bits.astype(np.int64) + step).astype(bits.dtype)
+        found = float(number.view(dtype)[0])
+        exact.append((abs(Fraction(found) - value), int(number[0]) & 1, found))
+    return min(exact)[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_side_absorbs_the_gain(dtype: Any) -> None:
+    weight, x = random_weight((6, 9), dtype), np.random.default_rng(1).normal(size=9)
+    folded = fold_tensor(weight, [edit(1, [2, 7], [1.7, -0.4])])
+    g = np.ones(9)
+    g[[2, 7]] = 1.7, -0.4
+    expected = weight.astype(np.float64) @ (g * x)
+    got = folded.astype(np.float64) @ x
+    size = np.abs(weight.astype(np.float64)) @ np.abs(x)
+    tolerance = float(ml_dtypes.finfo(dtype).eps) * size
+    assert (np.abs(got - expected) <= 2 * tolerance).all()
+    assert folded.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_side_absorbs_the_gain_into_weight_and_bias(dtype: Any) -> None:
+    weight, bias = random_weight((6, 9), dtype), random_weight((6,), dtype, 2)
+    edits = [edit(0, [0, 4], [3.0, 0.0])]
+    folded, folded_bias = fold_tensor(weight, edits), fold_tensor(bias, edits)
+    assert folded[4].astype(float).tolist() == [0.0] * 9
+    assert folded_bias[4] == 0
+    np.testing.assert_array_equal(folded[0], (weight[0].astype(np.float64) * 3).astype(dtype))
+    np.testing.assert_array_equal(folded_bias[[1, 2, 3, 5]], bias[[1, 2, 3, 5]])
+
+
+def test_slices_without_a_gain_keep_their_bits_and_the_input_is_left_alone() -> None:
+    weight = random_weight((6, 9), np.float16)
+    before = weight.copy()
+    folded = fold_tensor(weight, [edit(1, [2], [1.3])])
+    assert weight.tobytes() == before.tobytes()
+    keep = [0, 1, *range(3, 9)]
+    assert folded[:, keep].tobytes() == weight[:, keep].tobytes()
+    assert (folded[:, 2] != weight[:, 2]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_crossing_edits_round_once(dtype: Any) -> None:
+    weight = random_weight((40, 40), dtype)
+    rows, columns = [1, 8], [3, 5, 30]
+    edits = [edit(0, rows, [1.37, 0.61]), edit(1, columns, [1.1, 0.9, -2.3])]
+    folded = fold_tensor(weight, edits)
+    g_row, g_column = np.ones(40), np.ones(40)
+    g_row[rows], g_column[columns] = (1.37, 0.61), (1.1, 0.9, -2.3)
+    wide = weight.astype(np.float64) * g_column * g_row[:, None]
+    for i in range(40):
+        for j in range(40):
+            assert float(folded[i, j]) == nearest(Fraction(wide[i, j]), dtype), (i, j)
+    swapped = fold_tensor(weight, edits[::-1])
+    assert folded.tobytes() == swapped.tobytes()
+
+
+@given(st.floats(min_value=1e-30, max_value=1e30), st.sampled_from([-1, 1]))
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_rounding_is_exact(dtype: Any, value: float, sign: int) -> None:
+    value *= sign
+    got = float(round_once(np.array([value]), np.dtype(dtype))[0])
+    assert got == nearest(Fraction(value), dtype)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1 + 2**-8 + 2**-40, 1 + 2**-7),  # through float32 this would round down to 1
+        (1 + 2**-8, 1.0),
+        (1 + 3 * 2**-8, 1 + 2**-6),
+        (-(1 + 2**-8 + 2**-40), -(1 + 2**-7)),
+        (1e39, np.inf),
+        (0.0, 0.0),
+    ],
+)
+def test_bfloat16_is_not_rounded_twice(value: float, expected: float) -> None:
+    got = round_once(np.array([value]), np.dtype(ml_dtypes.bfloat16))
+    assert float(got[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "big"), [(np.float16, 6e4), (np.float32, 3e38), (ml_dtypes.bfloat16, 3e38)]
+)
+def test_overflow_names_tensor_and_unit(dtype: Any, big: float) -> None:
+    weight = random_weight((4, 5), dtype)
+    weight[2, 3] = big
+    with pytest.raises(RouteError, match=r"w: unit 3 times gain 2 leaves the range of"):
+        fold_tensor(weight, [edit(1, [1, 3], [1.5, 2.0])])
+    with pytest.raises(RouteError, match=r"w: unit 2 times gain -2 leaves the range of"):
+        fold_tensor(weight, [edit(0, [2, 0], [-2.0, 1.0])])
+
+
+def test_infinities_of_the_base_are_not_the_folds_fault() -> None:
+    weight = random_weight((4, 5), np.float32)
+    weight[0, 1] = np.inf
+    assert np.isinf(fold_tensor(weight, [edit(1, [1], [1.5])])[0, 1])

@@ -1,0 +1,153 @@
+"""Models on disk: every malformed file gives one line; saving is atomic and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from austeer.adapters import AusteerError, GraphError, OutputError
+from austeer.graphs import load_model, model_io, save_model
+
+X = np.ones((1, 2, 4), np.float32)
+
+
+def message(error: pytest.ExceptionInfo[AusteerError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def saved(tmp_path: Path, toy: Any) -> Path:
+    path = tmp_path / "model.onnx"
+    save_model(toy().model, path)
+    return path
+
+
+@pytest.fixture
+def external(tmp_path: Path, toy: Any) -> Path:
+    path = tmp_path / "model.onnx"
+    save_model(toy().model, path, limit=0)
+    return path
+
+
+def edit_location(path: Path, location: str) -> None:
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(proto.SerializeToString())
+
+
+def test_round_trip(saved: Path, toy: Any, run_onnx: Any) -> None:
+    model = load_model(saved)
+    np.testing.assert_array_equal(
+        run_onnx(model, {"x": X})[0], run_onnx(toy().model, {"x": X})[0]
+    )
+    assert [path.name for path in saved.parent.iterdir()] == ["model.onnx"]
+
+
+def test_large_models_get_a_data_file(external: Path, toy: Any, run_onnx: Any) -> None:
+    names = sorted(path.name for path in external.parent.iterdir())
+    assert names == ["model.onnx", "model.onnx.data"]
+    expected = run_onnx(toy().model, {"x": X})[0]
+    np.testing.assert_array_equal(run_onnx(external, {"x": X})[0], expected)
+    tensors = [v.const_value for v in load_model(external).graph.initializers.values()]
+    assert any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
+
+
+def test_equal_models_give_equal_bytes(tmp_path: Path, toy: Any) -> None:
+    for name in ("a", "b"):
+        save_model(toy().model, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, 0.5, 0.99])
+def test_truncated(saved: Path, keep: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(keep * len(content)) if keep < 1 else int(keep)])
+    with pytest.raises(GraphError) as error:
+        load_model(saved)
+    assert str(saved) in message(error)
+
+
+@pytest.mark.parametrize("content", [b"not a model", b"\x00" * 64, b"{}", b"\xff" * 100])
+def test_garbage(saved: Path, content: bytes) -> None:
+    saved.write_bytes(content)
+    with pytest.raises(GraphError) as error:
+        load_model(saved)
+    assert str(saved) in message(error)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match="No such file"):
+        load_model(tmp_path / "absent.onnx")
+    with pytest.raises(GraphError, match="Is a directory"):
+        load_model(tmp_path)
+
+
+def test_missing_external_data(external: Path) -> None:
+    external.with_name("model.onnx.data").unlink()
+    with pytest.raises(GraphError, match=r"model\.onnx\.data.* is missing") as error:
+        load_model(external)
+    message(error)
+
+
+def test_short_external_data(external: Path) -> None:
+    data = external.with_name("model.onnx.data")
+    data.write_bytes(data.read_bytes()[:-4])
+    with pytest.raises(GraphError, match="too short for tensor"):
+        load_model(external)
+
+
+@pytest.mark.parametrize(
+    "location", ["../secret", "/etc/passwd", "sub/../../secret", "..\\secret"]
+)
+def test_external_data_outside_the_folder(external: Path, location: str) -> None:
+    edit_location(external, location)
+    with pytest.raises(GraphError, match="outside the model's folder"):
+        load_model(external)
+
+
+def test_existing_files_are_not_overwritten(saved: Path, toy: Any, tmp_path: Path) -> None:
+    content = saved.read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        save_model(toy().model, saved)
+    assert saved.read_bytes() == content
+    (tmp_path / "other.onnx.data").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="exists already"):
+        save_model(toy().model, tmp_path / "other.onnx", limit=0)
+    assert (tmp_path / "other.onnx.data").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_invalid_models_leave_nothing_behind(tmp_path: Path, toy: Any, limit: int) -> None:
+    graph = toy()
+    graph.values["0.act"].producer().op_type = "NoSuchOperator"
+    with pytest.raises(GraphError, match="not valid ONNX") as error:
+        save_model(graph.model, tmp_path / "model.onnx", limit=limit)
+    message(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_full_disk_leaves_nothing_behind(
+    tmp_path: Path, toy: Any, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ir.save
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_io.ir, "save", full)
+    with pytest.raises(OutputError, match="no space left") as error:
+        save_model(toy().model, tmp_path / "model.onnx", limit=limit)
+    message(error)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,260 @@
+"""Every route out steers alike: attached == product reloaded from disk == written-out truth.
+
+The truth is steered by hooks written here, x * (1 + γ) spelled out, with module paths spelled
+out, too: nothing of ours takes part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from austeer.adapters import SteeringAdapter
+from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.merge import merge_checkpoint
+
+Run = Callable[[Tensor], Tensor]
+Route = Callable[[Path, Any, SteeringAdapter, Path], Run]
+
+# model type: (attention output projection, last projection of the MLP) of layer {i}
+PATHS = {
+    "llama": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
+    "mistral": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
+    "qwen2": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
+    "qwen3": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
+    "gemma2": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
+    "phi3": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
+    "gpt2": ("transformer.h.{i}.attn.c_proj", "transformer.h.{i}.mlp.c_proj"),
+    "gpt_neox": (
+        "gpt_neox.layers.{i}.attention.dense",
+        "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
+    ),
+}
+COMPONENTS = ("attention", "ffn", "neuron")
+# One rounding of a weight, relative: half of the dtype's epsilon.
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+LAYERS, UNITS, GAMMA = [0, 0, 0, 1, 1], [1, 5, 17, 2, 30], [1.5, -0.75, 2.0, -1.25, 0.8125]
+SCALE_OF_FLOAT32 = 20 * 2.0**-24  # a few roundings of the logits' own size
+
+
+def prompts() -> Tensor:
+    return torch.randint(3, 40, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model: Any) -> Run:
+    def run(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits.float()
+
+    return run
+
+
+@contextmanager
+def truth_hooks(model: nn.Module, component: str) -> Iterator[None]:
+    """x -> x * (1 + γ) at the units above, with torch alone."""
+    handles = []
+    for layer in (0, 1):
+        attention, mlp = (path.format(i=layer) for path in PATHS[model.config.model_type])
+        module = model.get_submodule(attention if component == "attention" else mlp)
+        width = {p.shape for p in module.parameters()}
+        factor = torch.ones(max(max(shape) for shape in width))
+        for at, unit, gamma in zip(LAYERS, UNITS, GAMMA, strict=True):
+            if at == layer:
+                factor[unit] = 1 + gamma
+
+        def scale(x: Tensor, factor: Tensor = factor) -> Tensor:
+            return x * factor[: x.shape[-1]]
+
+        if component == "ffn":
+            hook = module.register_forward_hook(lambda _, args, out, scale=scale: scale(out))
+        else:
+            hook = module.register_forward_pre_hook(lambda _, args, scale=scale: scale(args[0]))
+        handles.append(hook)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.fixture(scope="module")
+def bases(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+) -> Callable[[str, torch.dtype], tuple[Path, Any]]:
+    """Checkpoint on disk in a dtype, and its exact weights as a live float32 model."""
+    from transformers import AutoModelForCausalLM
+
+    made: dict[tuple[str, torch.dtype], tuple[Path, Any]] = {}
+
+    def base(model_type: str, dtype: torch.dtype) -> tuple[Path, Any]:
+        if (model_type, dtype) not in made:
+            folder = tmp_path_factory.mktemp("bases") / model_type
+            tiny_model(model_type).to(dtype).save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+            live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            made[model_type, dtype] = folder, live
+        return made[model_type, dtype]
+
+    return base
+
+
+def fold(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
+    """Folded into a checkpoint, reloaded with plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    merge_checkpoint(base, adapter, out)
+    return logits_of(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
+
+
+def attach(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
+    """Attached to the live model."""
+
+    def run(ids: Tensor) -> Tensor:
+        with adapter.attached(model):
+            return logits_of(model)(ids)
+
+    return run
+
+
+# Routes that take every dtype. A route is (base folder, live float32 model, adapter, empty
+# place for its output) -> ids -> float32 logits.
+ROUTES = [pytest.param(attach, id="attach"), pytest.param(fold, id="fold")]
+
+# ---- ONNX routes join here (float32 bases; component "layer" and adaptive adapters, too) ----
+ONNX_ROUTES: list[Any] = []
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("model_type", PATHS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_route_equals_the_truth(
+    bases: Any,
+    tmp_path: Path,
+    route: Route,
+    model_type: str,
+    component: str,
+    dtype: torch.dtype,
+) -> None:
+    base, model = bases(model_type, dtype)
+    adapter = SteeringAdapter.from_units(model, component, LAYERS, UNITS, GAMMA)
+    ids = prompts()
+    with truth_hooks(model, component):
+        truth = logits_of(model)(ids)
+    got = route(base, model, adapter, tmp_path / "out")(ids)
+
+    size = float(truth.abs().max())
+    # The stored weights are rounded once; the live model computes in float32 throughout.
+    rounding = ROUNDING[dtype] if route is not attach else 0.0
+    tolerance = (SCALE_OF_FLOAT32 + rounding) * size
+    assert float((got - truth).abs().max()) <= tolerance
+    effect = float((got - logits_of(model)(ids)).abs().max())
+    assert effect > 10 * tolerance, "steered must differ from the base"
+
+
+@pytest.mark.parametrize("component", [*COMPONENTS, "layer"])
+@pytest.mark.parametrize("model_type", PATHS)
+@pytest.mark.parametrize("route", ONNX_ROUTES)
+def test_onnx_route_equals_attached(
+    bases: Any, tmp_path: Path, route: Route, model_type: str, component: str
+) -> None:
+    base, model = bases(model_type, torch.float32)
+    adapter = SteeringAdapter.from_units(model, component, LAYERS, UNITS, GAMMA)
+    ids = prompts()
+    expected = attach(base, model, adapter, tmp_path)(ids)
+    got = route(base, model, adapter, tmp_path / "out")(ids)
+    # Another runtime sums in another order than torch does: more roundings than a reload.
+    tolerance = 10 * SCALE_OF_FLOAT32 * float(expected.abs().max())
+    assert float((got - expected).abs().max()) <= tolerance
+    assert float((got - logits_of(model)(ids)).abs().max()) > 10 * tolerance
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("model_type", PATHS)
+def test_folded_weights_are_the_scaled_weights_bit_for_bit(
+    bases: Any, tmp_path: Path, model_type: str, component: str, dtype: torch.dtype
+) -> None:
+    base, model = bases(model_type, dtype)
+    before = {name: entry.read() for name, entry in Checkpoint(base).items()}
+    files = {path.name: path.read_bytes() for path in base.iterdir()}
+    adapter = SteeringAdapter.from_units(model, component, LAYERS, UNITS, GAMMA)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    after = {name: entry.read() for name, entry in Checkpoint(tmp_path / "out").items()}
+
+    transposed = model_type == "gpt2"
+    for layer, unit, gamma in zip(LAYERS, UNITS, GAMMA, strict=True):
+        attention, mlp = (path.format(i=layer) for path in PATHS[model_type])
+        weight = before[f"{attention if component == 'attention' else mlp}.weight"]
+        along_rows = (component == "ffn") != transposed
+        part = weight[unit] if along_rows else weight[:, unit]
+        part[...] = (part.astype("float64") * (1 + gamma)).astype(weight.dtype)
+        if component == "ffn" and f"{mlp}.bias" in before:
+            bias = before[f"{mlp}.bias"]
+            bias[unit] = float(bias[unit]) * (1 + gamma)
+    assert before.keys() == after.keys()
+    different = [name for name in before if before[name].tobytes() != after[name].tobytes()]
+    assert different == []
+    assert files == {path.name: path.read_bytes() for path in base.iterdir()}
+
+
+@pytest.mark.parametrize("pair", [("attention", "neuron"), ("ffn", "neuron")])
+@pytest.mark.parametrize("model_type", PATHS)
+def test_two_components_compose(
+    bases: Any, tmp_path: Path, model_type: str, pair: tuple[str, str]
+) -> None:
+    base, model = bases(model_type, torch.float32)
+    parts = [SteeringAdapter.from_units(model, c, LAYERS, UNITS, GAMMA) for c in pair]
+    sites = [site for part in parts for site in part.sites]
+    adapter = SteeringAdapter.from_sites(model, sites, parts[0].config.strength)
+    ids = prompts()
+    with truth_hooks(model, pair[0]), truth_hooks(model, pair[1]):
+        truth = logits_of(model)(ids)
+    got = fold(base, model, adapter, tmp_path / "out")(ids)
+    tolerance = SCALE_OF_FLOAT32 * float(truth.abs().max())
+    assert float((got - truth).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_folded_model_decodes_like_the_attached_one(
+    bases: Any, tmp_path: Path, model_type: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, model = bases(model_type, torch.float32)
+    adapter = SteeringAdapter.from_units(model, "neuron", LAYERS, UNITS, GAMMA)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    ids = prompts()
+    mask = torch.ones_like(ids)
+    with adapter.attached(model):
+        expected = model.generate(ids, attention_mask=mask, **settings)
+    plain = model.generate(ids, attention_mask=mask, **settings)
+    got = folded.generate(ids, attention_mask=mask, **settings)
+    assert got.tolist() == expected.tolist()
+    assert got.tolist() != plain.tolist()
+
+
+def test_real_model(shared: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = shared / "models" / "stories260K"
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    adapter = SteeringAdapter.from_units(model, "attention", LAYERS, UNITS, GAMMA)
+    ids = tokenizer("Once upon a time, Tom felt very sad.", return_tensors="pt")["input_ids"]
+    with truth_hooks(model, "attention"):
+        truth = logits_of(model)(ids)
+    got = fold(base, model, adapter, tmp_path / "out")(ids)
+    assert float((got - truth).abs().max()) <= 1e-4
+    assert float((got - logits_of(model)(ids)).abs().max()) > 0.1
