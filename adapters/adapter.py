@@ -152,7 +152,6 @@ class SteeringAdapter:
         check_sites(sites, architecture, model.config.num_hidden_layers, read)
         config = AdapterConfig(
             base_model_name_or_path=str(getattr(model, "name_or_path", "") or ""),
-            revision=getattr(model.config, "_austeer_revision", None),
             base_model_fingerprint=fingerprint(architecture, [s.site for s in sites], read),
             model_type=architecture.model_type,
             components=tuple(sorted({s.site.component for s in sites})),

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import demo_words as words
 from demo_words import MoodLine
@@ -28,7 +28,6 @@ __all__ = [
     "story",
 ]
 
-T = TypeVar("T")
 Mood = Literal["happy", "sad"]
 Tense = Literal["present", "past"]
 MOODS: tuple[Mood, ...] = ("happy", "sad")
@@ -160,15 +159,16 @@ def story(scene: Scene, rng: random.Random) -> str:
 
 
 def _opening(scene: Scene, rng: random.Random) -> list[str]:
-    lines = [rng.choice(words.PRELUDES)] if rng.random() < 0.4 else []
+    # A few stories tell their mood at once, so that it must be kept through neutral sentences.
+    preludes = words.MOOD_PRELUDES if rng.random() < 0.35 else words.PRELUDES
+    lines = [rng.choice(preludes)] if rng.random() < 0.5 else []
     kind = rng.random()
     if kind < 0.2:
         lines.append("".join(rng.choice(words.WEATHER[scene.weather])))
     elif kind < 0.45 and scene.speech:
         lines.append(" ".join(part.strip() for part in rng.choice(words.FIRST_QUOTES)))
         return [*lines, rng.choice(words.AFTER_QUOTE)]
-    actions = _leaning(words.OPENING_ACTIONS, scene.tense == "present")
-    return [*lines, rng.choice(words.OPENING_STEMS) + rng.choice(actions)]
+    return [*lines, rng.choice(words.OPENING_STEMS) + rng.choice(words.OPENING_ACTIONS)]
 
 
 def _middle(scene: Scene, rng: random.Random) -> list[str]:
@@ -183,30 +183,16 @@ def _middle(scene: Scene, rng: random.Random) -> list[str]:
 
 def _ending(scene: Scene, rng: random.Random) -> list[str]:
     """Choose the sentences that show the mood; any of them may come first."""
-    happy = scene.mood == "happy"
     subjects = rng.sample(sorted(words.EVENTS), rng.choice((1, 1, 2)))
-    lines = [rng.choice(_leaning(words.EVENTS[subject], happy)) for subject in subjects]
+    lines = [rng.choice(words.EVENTS[subject]) for subject in subjects]
     lines += rng.sample(words.FEELINGS, rng.choice((1, 2)))
     if scene.speech:
-        lines.append(rng.choice(_leaning(words.MOOD_QUOTES, happy)))
+        lines.append(rng.choice(words.MOOD_QUOTES))
     rng.shuffle(lines)
     templates = [_mood_text(line, scene.mood) for line in lines]
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         templates.insert(rng.randint(1, len(templates)), rng.choice(words.LATER))
-    return [*templates, _mood_text(rng.choice(_leaning(words.CLOSINGS, happy)), scene.mood)]
-
-
-def _leaning(lines: Sequence[T], first: bool) -> list[T]:
-    """Let two of every four lines come twice as often.
-
-    Real words lean, too: without this no completion would be likelier than its opposite, and
-    the least push would turn every pair. Over a whole list the leanings cancel out.
-    """
-    return [
-        line
-        for rank, line in enumerate(lines)
-        for _ in range(2 if (rank // 2 % 2 == 0) == first else 1)
-    ]
+    return [*templates, _mood_text(rng.choice(words.CLOSINGS), scene.mood)]
 
 
 def _mood_text(line: MoodLine, mood: Mood) -> str:

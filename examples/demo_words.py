@@ -94,6 +94,12 @@ PRELUDES = (
     "Oh, a {noun}!",
     '"Good morning, {name}!"',
 )
+MOOD_PRELUDES = (
+    "A {adj} story about {name}.",
+    "A {adj} tale of a {noun}.",
+    "A {adj} {child} and a {thing}.",
+    "A story full of {noun_of}.",
+)
 OPENING_STEMS = (
     "One day, {name}",
     "In the morning, {name}",
@@ -193,7 +199,7 @@ INDOOR_MIDDLES = (
 OUTDOOR_MIDDLES = (
     "{he} [walks|walked] along the path.",
     "The grass [is|was] tall and green.",
-    "{name} [puts|put] the {noun} on a stone.",
+    "{name} [puts|put] the {noun} on a log.",
     "{he} [hears|heard] a bell far away.",
 )
 QUOTES = (
@@ -218,7 +224,7 @@ FEELINGS = (
     MoodLine("{name} [is|was]", " {adj} and {adj}.", " {adj} and {adj}."),
     MoodLine("{he} [feels|felt]", " very {adj}.", " very {adj}."),
     MoodLine("{he} [looks|looked]", " {adj} and {act}.", " {adj} and {act}."),
-    MoodLine("{name}", " {act} and {act}.", " {act} and {act}."),
+    MoodLine("And then {name}", " {act} and {act}.", " {act} and {act}."),
     MoodLine("That [makes|made] {him}", " {adj}.", " {adj}."),
     MoodLine("Now {he} [is|was]", " a {adj} {child}.", " a {adj} {child}."),
     MoodLine("{his} heart [is|was]", " full of {noun_of}.", " full of {noun_of}."),
@@ -227,7 +233,7 @@ FEELINGS = (
     MoodLine("{his} eyes [are|were]", " bright with {noun_of}.", " wet with tears."),
     MoodLine("{his} face [is|was]", " full of smiles.", " pale with {noun_of}."),
     MoodLine("{name} [looks|looked] up and", " {act}.", " {act}."),
-    MoodLine("{he}", " [jumps|jumped] for joy.", " [hides|hid] {his} face."),
+    MoodLine("At this, {he}", " [jumps|jumped] for joy.", " [hides|hid] {his} face."),
 )
 # One event a subject, so that a story does not say two things of one friend.
 EVENTS = {
@@ -274,9 +280,7 @@ MOOD_QUOTES = (
     MoodLine('"I am', ' so {adj}," [says|said] {name}.', ' so {adj}," [says|said] {name}.'),
     MoodLine('"This is', ' lovely!" [says|said] {name}.', ' awful!" [says|said] {name}.'),
     MoodLine('"What a', ' nice day!" {he} [says|said].', ' bad day!" {he} [says|said].'),
-    MoodLine(
-        '"I', ' love it!" [shouts|shouted] {name}.', ' hate it!" [shouts|shouted] {name}.'
-    ),
+    MoodLine('"Today I feel', ' {adj}!" {he} [says|said].', ' {adj}!" {he} [says|said].'),
     MoodLine('{name} [says|said], "I', ' feel {adj}."', ' feel {adj}."'),
     MoodLine('{friend} [says|said], "You look', ' {adj}."', ' {adj}."'),
     MoodLine(

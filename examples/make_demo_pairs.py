@@ -114,7 +114,7 @@ def mood_pair(side: Side, rng: random.Random) -> Pair:
     tense = rng.choice(TENSES)
     happy = draw_scene(rng, mood="happy", tense=tense, names=side.names)
     sad = replace(happy, mood="sad", mood_words=words.MOOD_WORDS["sad"])
-    line = rng.choice(rng.choice(side.mood_lines))
+    line = rng.choice(rng.choices(side.mood_lines, (2, 1, 1))[0])
     prompt = [rng.choice(side.stems) + rng.choice(side.actions)]
     prompt += rng.sample(list(side.middles), rng.choice((0, 1, 1)))
     return {
@@ -147,9 +147,9 @@ def tense_pair(side: Side, rng: random.Random) -> Pair:
 
 def _tense_sentence(side: Side, rng: random.Random) -> tuple[str, str]:
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.7:
         return rng.choice(side.stems), rng.choice(side.actions)
-    return rng.choice(side.quotes if kind < 0.8 else side.weather)
+    return rng.choice(side.quotes if kind < 0.85 else side.weather)
 
 
 def make_pairs(

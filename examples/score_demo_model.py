@@ -73,7 +73,9 @@ def continuation(
         The prompt and what follows it.
     """
     encoded = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(**encoded, do_sample=sample, top_k=0, max_new_tokens=150)
+    # The default top_k of 50 would cut the tail of the distribution off.
+    how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+    ids = model.generate(**encoded, **how, max_new_tokens=150)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 

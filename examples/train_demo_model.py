@@ -44,7 +44,7 @@ class TrainingPlan:
         seed: Seed of the stories and of the weights.
     """
 
-    steps: int = 4000
+    steps: int = 2600
     batch: int = 16
     peak_rate: float = 4e-3
     warmup: int = 100
@@ -198,6 +198,7 @@ def publish(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     try:
         aside.chmod(0o755)
         model.save_pretrained(aside)
+        (aside / "model.safetensors").chmod(0o644)
         tokenizer.save(str(aside / "tokenizer.json"))
         settings = json.dumps(_tokenizer_settings(), indent=2) + "\n"
         (aside / "tokenizer_config.json").write_text(settings)

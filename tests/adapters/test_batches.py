@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,16 @@ def test_empty_prompt(tiny_tokenizer: Any) -> None:
     assert found.prefix == (tiny_tokenizer.bos_token_id,)
 
 
+def test_messages_are_rendered_first(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} and{% endfor %}"
+    turns = ({"role": "user", "content": "Tom felt"},)
+    chat = ContrastivePair("", " happy", " sad", turns, "f:3")
+    assert tokenize_pairs([chat], tokenizer) == tokenize_pairs(
+        [pair("Tom felt and", " happy", " sad")], tokenizer
+    )
+
+
 def test_texts_are_cut_after_the_limit(tiny_tokenizer: Any) -> None:
     (found,) = tokenize_pairs([pair("Tom", " felt very happy", " was sad")], tiny_tokenizer, 4)
     whole = tuple(tiny_tokenizer("Tom felt very happy")["input_ids"])
@@ -93,8 +104,6 @@ def test_no_pairs(tiny_tokenizer: Any) -> None:
 def test_long_texts_need_no_warning(
     tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.model_max_length = 3
     tokenize_pairs([pair("Tom felt very", " happy", " sad")], tokenizer)

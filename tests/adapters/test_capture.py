@@ -120,6 +120,22 @@ def test_bfloat16_is_shared_and_stays_bfloat16(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_row_longer_than_the_context_is_shared(
+    tiny_model: TinyModel, model_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both strings fit the context of 48; their common row has 83 tokens."""
+    name = "n_positions" if model_type == "gpt2" else "max_position_embeddings"
+    model = tiny_model(model_type, **{name: 48})
+    (tokens,) = some_tokens([(3, 45, 35)])
+    (batch,) = capture(model, [tokens], SITES)
+    for site, (positive, negative) in batch.values.items():
+        for x, branch in ((positive, tokens.positive), (negative, tokens.negative)):
+            wanted = alone(model, tokens.prefix + branch)[site]
+            torch.testing.assert_close(x[0], wanted, **TOLERANCE[torch.float32])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_every_pair_comes_once(tiny_model: TinyModel, batch_size: int) -> None:
     batches = list(capture(tiny_model("llama"), TOKENS, SITES[:1], batch_size=batch_size))

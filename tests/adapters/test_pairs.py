@@ -330,7 +330,7 @@ def test_split_partitions_whatever_the_order(prompts: list[str], seed: int) -> N
 
 
 def test_one_prompt_for_most_pairs_is_split_all_the_same() -> None:
-    pairs = [make(number, "same" if number < 60 else None) for number in range(100)]
+    pairs = [make(number, "same" if number < 80 else None) for number in range(100)]
     assert sizes(split_pairs(pairs, (0.6, 0.2, 0.2))) == [60, 20, 20]
 
 

@@ -9,7 +9,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from austeer.adapters import AdapterConfig, Predictor, Site, SteeredSite, SteeringAdapter, Strength
+from austeer.adapters import (
+    AdapterConfig,
+    Predictor,
+    Site,
+    SteeredSite,
+    SteeringAdapter,
+    Strength,
+)
 
 WIDTH, HIDDEN = 4, 24
 
@@ -117,7 +124,9 @@ def make_adapter() -> Callable[..., SteeringAdapter]:
         sites = []
         for key, (index, gamma) in units.items():
             k = len(index)
-            weights = [rng.normal(size=s).astype(np.float32) for s in ((k, rank), rank, (rank, k))]
+            weights = [
+                rng.normal(size=s).astype(np.float32) for s in ((k, rank), rank, (rank, k))
+            ]
             sites.append(
                 SteeredSite(
                     Site.parse(key),

@@ -116,7 +116,7 @@ def test_names_functions_opset_and_metadata(toy: Any, make_adapter: Any) -> None
     assert [v.name for v in node.inputs] == ["0.mixed", *names]
     assert model.opset_imports == {"": 20, "ai.austeer": 1}
     assert list(model.functions) == [("ai.austeer", "SteerAUAdaptive", "")]
-    assert list(model.functions.values())[0].opset_imports == {"": 20}
+    assert next(iter(model.functions.values())).opset_imports == {"": 20}
     output = node.outputs[0]
     assert output.dtype == ir.DataType.FLOAT
     assert [str(dim) for dim in output.shape] == ["B", "T", "4"]
@@ -205,7 +205,9 @@ def test_two_sites_at_one_value_are_refused(toy: Any, make_adapter: Any) -> None
     graph = toy()
     down = graph.values["0.product"].producer()
     down.replace_input_with(0, graph.values["0.mixed"])
-    adapter = make_adapter({"layers.0.attention": ([1], [1.0]), "layers.0.neuron": ([1], [1.0])})
+    adapter = make_adapter(
+        {"layers.0.attention": ([1], [1.0]), "layers.0.neuron": ([1], [1.0])}
+    )
     with pytest.raises(GraphError, match="same value"):
         graft_model(graph.model, adapter)
 

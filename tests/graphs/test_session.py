@@ -127,7 +127,9 @@ def test_end_of_text(toy_lm: Build) -> None:
     assert model.generate(ids, 9, stop)[0, 3:].tolist() == NEXT[2 : first + 1].tolist()
     absent = next(token for token in range(VOCABULARY) if token not in NEXT[2:11])
     assert model.generate(ids, 9, [absent])[0, 3:].tolist() == NEXT[2:11].tolist()
-    assert model.generate(ids, 9, [absent, stop]).tolist() == model.generate(ids, 9, stop).tolist()
+    assert (
+        model.generate(ids, 9, [absent, stop]).tolist() == model.generate(ids, 9, stop).tolist()
+    )
 
 
 def test_an_ended_row_repeats_its_last_token(toy_lm: Build) -> None:
