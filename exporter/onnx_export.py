@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -36,12 +37,14 @@ _MASK_BY_LAYER_TYPE = frozenset({"gemma2", "qwen2", "qwen3"})
 """Model types whose layers choose a mask by `config.layer_types`; the others share one."""
 
 _USAGE = """```python
-from optimum.onnxruntime import ORTModelForCausalLM
+from austeer.graphs import OnnxCausalLM  # onnxruntime and numpy, no torch
 
-model = ORTModelForCausalLM.from_pretrained("this/folder")
+model = OnnxCausalLM("this/folder")
+tokens = model.generate(tokenizer("Once upon a time", return_tensors="np").input_ids, 64)
 ```
 
-or, on stock onnxruntime and numpy alone, `austeer.graphs.OnnxCausalLM("this/folder")`."""
+`model.onnx` runs on stock onnxruntime without this package; inputs and outputs have the names
+that optimum gives them."""
 
 
 def write_onnx(
@@ -54,6 +57,9 @@ def write_onnx(
     force: bool = False,
 ) -> Path:
     """Write the steered model as ONNX, with config, tokenizer and model card, into `folder`.
+
+    A bfloat16 model is written in float32, which holds the same weights: onnxruntime's CPU
+    provider does not compute in bfloat16.
 
     Args:
         model: the adapter's base; it is not changed.
@@ -73,7 +79,7 @@ def write_onnx(
         OutputError: the files cannot be written.
     """
     adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
-    graph = export_graph(model)
+    graph = export_graph(_runnable(model))
     graft_model(graph, adapter, scale)
     path = folder / MODEL_NAME
     save_model(graph, path)
@@ -113,6 +119,10 @@ def export_graph(model: PreTrainedModel) -> ir.Model:
     graph = program.model
     tidy_causal_lm(graph, model.config.num_hidden_layers, _WRAPPED)
     return graph
+
+
+def _runnable(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).float() if model.dtype == torch.bfloat16 else model
 
 
 def _write_companions(
@@ -167,7 +177,7 @@ class _CachedDecoder(nn.Module):
         config = self.decoder.config
         keys = torch.arange(attention_mask.shape[1], device=input_ids.device)
         distance = keys[keys.shape[0] - input_ids.shape[1] :, None] - keys
-        # A token always sees itself: no row is empty, so padding cannot turn into NaN.
+        # A token always sees itself: an empty row is NaN where half precision overflows.
         real = (attention_mask > 0)[:, None, None, :] | (distance == 0)
         full = real & (distance >= 0)
         window = getattr(config, "sliding_window", None)

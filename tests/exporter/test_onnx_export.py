@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,19 +43,25 @@ PROMPTS = np.random.default_rng(5).integers(3, 40, (3, 7))
 
 @pytest.fixture(scope="session")
 def bases(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any]
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., Any],
+    request: pytest.FixtureRequest,
 ) -> Callable[..., tuple[Any, Path]]:
     """Model and exported base graph of an architecture; each is exported once."""
-    made: dict[tuple[Any, ...], tuple[Any, Path]] = {}
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent  # shared by the processes of one parallel run
+    models: dict[str, Any] = {}
 
     def base(model_type: str, **changes: Any) -> tuple[Any, Path]:
-        key = (model_type, *sorted(changes.items(), key=str))
-        if str(key) not in made:
-            model = tiny_model(model_type, **changes)
-            path = tmp_path_factory.mktemp(model_type) / "base.onnx"
-            export_base(model, path)
-            made[str(key)] = (model, path)
-        return made[str(key)]
+        key = hashlib.sha256(repr((model_type, changes)).encode()).hexdigest()[:16]
+        if key not in models:
+            models[key] = tiny_model(model_type, **changes)
+        path = folder / f"base-{key}.onnx"
+        if not path.exists():
+            export_base(models[key], own := tmp_path_factory.mktemp("base") / "base.onnx")
+            own.replace(path)
+        return models[key], path
 
     return base
 
@@ -279,6 +286,7 @@ def test_export_is_silent_and_leaves_the_model_alone(
     expected = torch_logits(model, PROMPTS)
     model.train()
     model.transformer.ln_f.eval()
+    model.config._attn_implementation = "flex_attention"
     before = state_of(model)
     export_base(model, tmp_path / "base.onnx")
     assert state_of(model) == before
@@ -317,6 +325,20 @@ def test_written_folder(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) ->
     with hooked(model, adapter.scaled(0.5)):
         expected = torch_logits(model, PROMPTS)
     check_close(OnnxCausalLM(tmp_path, threads=1).logits(PROMPTS), expected)
+
+
+@pytest.mark.slow
+def test_bfloat16_model_is_written_in_float32(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=1).bfloat16()
+    adapter = make_adapter(model, Component.NEURON, 1)
+    write_onnx(model, tiny_tokenizer, adapter, tmp_path)
+    assert model.dtype == torch.bfloat16
+    found = OnnxCausalLM(tmp_path, threads=1).logits(PROMPTS)
+    model.float()
+    with hooked(model, adapter):
+        check_close(found, torch_logits(model, PROMPTS))
 
 
 def test_adapter_of_another_base_is_refused(
