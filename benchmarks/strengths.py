@@ -48,14 +48,13 @@ class Case:
 
 def cases(shared: Path | None) -> Iterator[Case]:
     """The demo's behaviours, and the shared real model when its folder is given."""
-    attention = (Component.ATTENTION,)
     for behaviour in ("mood", "tense"):
         yield Case(
             f"demo model, {behaviour}",
             EXAMPLES / "demo_model",
             EXAMPLES / "pairs" / f"{behaviour}_train.jsonl",
             EXAMPLES / "pairs" / f"{behaviour}_test.jsonl",
-            attention,
+            (Component.FFN,),
         )
     if shared is not None:
         yield Case(
@@ -63,7 +62,7 @@ def cases(shared: Path | None) -> Iterator[Case]:
             shared / "models" / "stories260K",
             shared / "data" / "happy_vs_sad_train.jsonl",
             shared / "data" / "happy_vs_sad_test.jsonl",
-            attention,
+            (Component.ATTENTION,),
         )
 
 

@@ -28,10 +28,11 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE / "demo_model"
 PROMPTS = {
     "mood": (
-        "Ava and Dad were in the garden. Ava felt",
-        "One day, Leo found a box near the pond. Leo",
+        "One day, Pete found a box near the pond. He felt very",
+        "On a quiet day, Dan made a green ring on the beach. He looked",
+        "On Monday, Nora",
     ),
-    "tense": ("One day, Ava", "Leo and Mia were friends. Every morning, they"),
+    "tense": ("On Monday, Nora", "On a quiet day, Dan", "Far from home, little Amy"),
 }
 Generate = Callable[[str], str]
 
@@ -42,7 +43,7 @@ def run(behaviour: str, strength: str, route: Route, out: Path) -> RunReport:
     """One `austeer-export run`; the command line that does the same is printed."""
     train, test = (HERE / "pairs" / f"{behaviour}_{part}.jsonl" for part in ("train", "test"))
     command = (
-        f"austeer-export run {MODEL} {train} --test-pairs {test} --component attention "
+        f"austeer-export run {MODEL} {train} --test-pairs {test} --component ffn "
         f"--strength {strength} --to {route} -o {out}"
     )
     console.print(f"[bold]$ {command}[/bold]", soft_wrap=True)
@@ -52,7 +53,7 @@ def run(behaviour: str, strength: str, route: Route, out: Path) -> RunReport:
         test_pairs=str(test),
         out=out,
         routes=(route,),
-        components=(Component.ATTENTION,),
+        components=(Component.FFN,),
         strength=strength,
         command=command,
     )

@@ -32,13 +32,6 @@ __all__ = [
 Pair = dict[str, str]
 
 
-def _by_stem(lines: Sequence[MoodLine], turn: int) -> tuple[MoodLine, ...]:
-    """Every second stem with all its lines: a stem never serves both sides."""
-    stems = list(dict.fromkeys(line.stem for line in lines))[turn::2]
-    return tuple(line for line in lines if line.stem in stems)
-
-
-_EVENTS = tuple(line for lines in words.EVENTS.values() for line in lines)
 _WEATHER = tuple(parts for lines in words.WEATHER.values() for parts in lines)
 _NAMES = words.GIRLS + words.BOYS
 
@@ -49,9 +42,20 @@ TRAIN_ACTIONS, TEST_ACTIONS = words.OPENING_ACTIONS[::2], words.OPENING_ACTIONS[
 TRAIN_QUOTES, TEST_QUOTES = words.FIRST_QUOTES[::2], words.FIRST_QUOTES[1::2]
 TRAIN_WEATHER, TEST_WEATHER = _WEATHER[::2], _WEATHER[1::2]
 TRAIN_MIDDLES, TEST_MIDDLES = words.MIDDLES[::2], words.MIDDLES[1::2]
-TRAIN_FEELINGS, TEST_FEELINGS = _by_stem(words.FEELINGS, 0), _by_stem(words.FEELINGS, 1)
-TRAIN_EVENTS, TEST_EVENTS = _EVENTS[::2], _EVENTS[1::2]
-TRAIN_SPEECH, TEST_SPEECH = words.MOOD_QUOTES[::2], words.MOOD_QUOTES[1::2]
+# The sentence that shows the mood: no beginning of one serves both sides.
+TRAIN_MOODS = (
+    MoodLine("{he} [feels|felt]", " {adj}.", " {adj}."),
+    MoodLine("{he} [feels|felt]", " {adj} and {act}.", " {adj} and {act}."),
+    MoodLine("{name} [is|was]", " {adj}.", " {adj}."),
+    MoodLine("{name} [is|was]", " {adj} and {adj}.", " {adj} and {adj}."),
+    MoodLine("{name} [becomes|became]", " {adj} and {act}.", " {adj} and {act}."),
+    MoodLine("That [makes|made] {him}", " {adj}.", " {adj}."),
+)
+TEST_MOODS = (
+    MoodLine("{he} [feels|felt] very", " {adj}.", " {adj}."),
+    MoodLine("{he} [looks|looked]", " {adj} and {act}.", " {adj} and {act}."),
+    MoodLine("{name} [looks|looked]", " {adj}.", " {adj}."),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class Side:
         quotes: Spoken first sentences, each with the words that name the speaker.
         weather: Subjects of weather sentences, each with its predicate.
         middles: Neutral sentences.
-        mood_lines: Groups of sentences that show the mood.
+        moods: Sentences that show the mood.
     """
 
     names: Sequence[str]
@@ -76,7 +80,7 @@ class Side:
     quotes: Sequence[tuple[str, str]]
     weather: Sequence[tuple[str, str]]
     middles: Sequence[str]
-    mood_lines: Sequence[Sequence[MoodLine]]
+    moods: Sequence[MoodLine]
 
 
 TRAIN = Side(
@@ -87,7 +91,7 @@ TRAIN = Side(
     TRAIN_QUOTES,
     TRAIN_WEATHER,
     TRAIN_MIDDLES,
-    (TRAIN_FEELINGS, TRAIN_EVENTS, TRAIN_SPEECH),
+    TRAIN_MOODS,
 )
 TEST = Side(
     TEST_NAMES,
@@ -97,7 +101,7 @@ TEST = Side(
     TEST_QUOTES,
     TEST_WEATHER,
     TEST_MIDDLES,
-    (TEST_FEELINGS, TEST_EVENTS, TEST_SPEECH),
+    TEST_MOODS,
 )
 
 
@@ -114,7 +118,7 @@ def mood_pair(side: Side, rng: random.Random) -> Pair:
     tense = rng.choice(TENSES)
     happy = draw_scene(rng, mood="happy", tense=tense, names=side.names)
     sad = replace(happy, mood="sad", mood_words=words.MOOD_WORDS["sad"])
-    line = rng.choice(rng.choices(side.mood_lines, (2, 1, 1))[0])
+    line = rng.choice(side.moods)
     prompt = [rng.choice(side.stems) + rng.choice(side.actions)]
     prompt += rng.sample(list(side.middles), rng.choice((0, 1, 1)))
     return {

@@ -274,7 +274,8 @@ def _print_run(values: dict[str, Any], out: Path, as_json: bool) -> None:
     click.echo(markdown.outcome_sentence(values))
     for note in values["notes"]:
         click.echo(f"note: {note}")
-    click.echo(f"Everything is in {out}")
+    what = "Everything" if values["outcome"] == "steered" else "The report"
+    click.echo(f"{what} is in {out}")
 
 
 def _print_product(row: dict[str, Any], as_json: bool) -> None:

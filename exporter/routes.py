@@ -55,14 +55,14 @@ def check_routes(
     for route in routes:
         if route.folds and not strength.foldable:
             raise RouteError(
-                f"--to {route}: strength {strength} depends on the input, no weight can "
-                "absorb it; use --strength fitted, or --to onnx alone"
+                f"route {route}: strength {strength} depends on the input, no weight can "
+                "absorb it; take strength fitted, or route onnx alone"
             )
         for component in components:
             if route.folds and not component.foldable:
                 raise RouteError(
-                    f"--to {route}: component {component} lies behind the residual add, no "
-                    "weight can absorb a gain there; leave it out, or use --to onnx alone"
+                    f"route {route}: component {component} lies behind the residual add, no "
+                    "weight can absorb a gain there; leave it out, or take route onnx alone"
                 )
         _check_installed(route)
 
@@ -90,6 +90,6 @@ def _check_installed(route: Route) -> None:
     for package in ("onnxruntime", "onnxscript"):
         if find_spec(package) is None:
             raise RouteError(
-                f"--to {route}: package {package} is not installed; "
+                f"route {route}: package {package} is not installed; "
                 "pip install 'austeer[cpu]' (or [gpu])"
             )

@@ -41,12 +41,10 @@ class Demo:
         pairs = read_pairs(EXAMPLES / "pairs" / "mood_train.jsonl")[:96]
         test = read_pairs(EXAMPLES / "pairs" / "mood_test.jsonl")[:40]
         self.splits = make_splits(pairs, test)
-        self.ranking = localize(
-            self.model, self.tokenizer, self.splits.fit, components=["attention"]
-        )
+        self.ranking = localize(self.model, self.tokenizer, self.splits.fit, components=["ffn"])
 
     def fit(self, splits: Splits | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
-        chosen = FitOptions(components=(Component.ATTENTION,), **{**SMALL, **options})
+        chosen = FitOptions(components=(Component.FFN,), **{**SMALL, **options})
         fitter = Fitter(self.model, self.tokenizer, splits or self.splits, self.ranking, chosen)
         return fitter.run()
 
@@ -195,14 +193,14 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_more_units_than_exist_are_refused(demo: Demo) -> None:
-    with pytest.raises(FitError, match=r"max_units 100000: more than exist \(attention has"):
+    with pytest.raises(FitError, match=r"max_units 100000: more than exist \(ffn has"):
         demo.fit(strength=Strength.ORIENTED, max_units=100_000)
 
 
 def test_a_component_outside_the_ranking_is_refused(demo: Demo) -> None:
-    with pytest.raises(FitError, match=r"component ffn: not in the ranking \(attention\)"):
+    with pytest.raises(FitError, match=r"component neuron: not in the ranking \(ffn\)"):
         fit_strength(
-            demo.model, demo.tokenizer, demo.splits.fit, demo.ranking, components=["ffn"]
+            demo.model, demo.tokenizer, demo.splits.fit, demo.ranking, components=["neuron"]
         )
 
 
