@@ -22,6 +22,7 @@ from austeer.adapters.sites import Site, UnitTable
 
 _MARGIN_SCALE = 4.0  # nats at which a pair counts as mostly won
 _START_PRICE = 1.0  # nats of loss that twice the targeted KL costs, to begin with
+_LEAST_PRICE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def train_gains(
     """Train `gains` in place and leave the best judged state within `kl_limit` in them.
 
     Minimizes mean −log sigmoid(margin / 4) subject to KL(base ‖ steered) ≤ target: a penalty
-    on the excess, whose price grows while KL is above the target.
+    on the excess, whose price rises while KL is above the target and falls while it is below.
 
     Args:
         model: frozen base model.
@@ -221,8 +222,13 @@ def train_gains(
 
 
 def _adjusted(price: float, used: float) -> float:
-    """Raise the price while KL is above the target; below it the price does not act."""
-    return price * (1.0 + 0.1 * min(used - 1.0, 1.0)) if used > 1.0 else price
+    """Raise the price while KL is above the target, lower it more slowly below.
+
+    Without the second half a loss that is nearly won could not use what is left of the budget.
+    """
+    if used > 1.0:
+        return price * (1.0 + 0.1 * min(used - 1.0, 1.0))
+    return max(price * 0.97, _LEAST_PRICE)
 
 
 def _worth(found: Judgement, within: bool) -> float:

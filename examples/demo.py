@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE / "demo_model"
 PROMPTS = {
     "mood": (
-        "One day, Pete found a box near the pond. He felt very",
-        "On a quiet day, Dan made a green ring on the beach. He looked",
+        "One day, Pete found a red kite by the river. He felt very",
+        "On a quiet day, Dan made a green ring on the beach. All day long, he",
         "On Monday, Nora",
     ),
     "tense": ("On Monday, Nora", "On a quiet day, Dan", "Far from home, little Amy"),

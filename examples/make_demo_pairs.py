@@ -54,7 +54,7 @@ TRAIN_MOODS = (
 TEST_MOODS = (
     MoodLine("{he} [feels|felt] very", " {adj}.", " {adj}."),
     MoodLine("{he} [looks|looked]", " {adj} and {act}.", " {adj} and {act}."),
-    MoodLine("{name} [looks|looked]", " {adj}.", " {adj}."),
+    MoodLine("All day long, {he}", " {act}.", " {act}."),
 )
 
 

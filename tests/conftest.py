@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +119,30 @@ def saved_model(
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def exported_base(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., Any],
+    request: pytest.FixtureRequest,
+) -> Callable[..., tuple[Any, Path]]:
+    """Tiny model and its exported base graph; each is exported once for all tests."""
+    from austeer.exporter.onnx_export import export_base
+
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent  # shared by the processes of one parallel run
+    models: dict[str, Any] = {}
+
+    def base(model_type: str, **changes: Any) -> tuple[Any, Path]:
+        key = hashlib.sha256(repr((model_type, changes)).encode()).hexdigest()[:16]
+        if key not in models:
+            models[key] = tiny_model(model_type, **changes)
+        path = folder / f"base-{key}.onnx"
+        if not path.exists():
+            export_base(models[key], own := tmp_path_factory.mktemp("base") / "base.onnx")
+            own.replace(path)
+        return models[key], path
+
+    return base

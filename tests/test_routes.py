@@ -129,9 +129,6 @@ def attach(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
 # place for its output) -> ids -> float32 logits.
 ROUTES = [pytest.param(attach, id="attach"), pytest.param(fold, id="fold")]
 
-# ---- ONNX routes join here (float32 bases; component "layer" and adaptive adapters, too) ----
-ONNX_ROUTES: list[Any] = []
-
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -161,17 +158,23 @@ def test_route_equals_the_truth(
     assert effect > 10 * tolerance, "steered must differ from the base"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", [*COMPONENTS, "layer"])
 @pytest.mark.parametrize("model_type", PATHS)
-@pytest.mark.parametrize("route", ONNX_ROUTES)
-def test_onnx_route_equals_attached(
-    bases: Any, tmp_path: Path, route: Route, model_type: str, component: str
+def test_grafted_graph_equals_attached(
+    exported_base: Any, tmp_path: Path, model_type: str, component: str
 ) -> None:
-    base, model = bases(model_type, torch.float32)
+    pytest.importorskip("onnxruntime")
+    from austeer.graphs import OnnxCausalLM, graft_file
+
+    model, graph = exported_base(model_type)
     adapter = SteeringAdapter.from_units(model, component, LAYERS, UNITS, GAMMA)
     ids = prompts()
-    expected = attach(base, model, adapter, tmp_path)(ids)
-    got = route(base, model, adapter, tmp_path / "out")(ids)
+    expected = attach(tmp_path, model, adapter, tmp_path)(ids)
+    graft_file(graph, adapter, tmp_path / "steered.onnx")
+    got = torch.from_numpy(
+        OnnxCausalLM(tmp_path / "steered.onnx", threads=1).logits(ids.numpy())
+    )
     # Another runtime sums in another order than torch does: more roundings than a reload.
     tolerance = 10 * SCALE_OF_FLOAT32 * float(expected.abs().max())
     assert float((got - expected).abs().max()) <= tolerance

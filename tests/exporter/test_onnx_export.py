@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,28 +41,8 @@ PROMPTS = np.random.default_rng(5).integers(3, 40, (3, 7))
 
 
 @pytest.fixture(scope="session")
-def bases(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Callable[..., Any],
-    request: pytest.FixtureRequest,
-) -> Callable[..., tuple[Any, Path]]:
-    """Model and exported base graph of an architecture; each is exported once."""
-    folder = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):
-        folder = folder.parent  # shared by the processes of one parallel run
-    models: dict[str, Any] = {}
-
-    def base(model_type: str, **changes: Any) -> tuple[Any, Path]:
-        key = hashlib.sha256(repr((model_type, changes)).encode()).hexdigest()[:16]
-        if key not in models:
-            models[key] = tiny_model(model_type, **changes)
-        path = folder / f"base-{key}.onnx"
-        if not path.exists():
-            export_base(models[key], own := tmp_path_factory.mktemp("base") / "base.onnx")
-            own.replace(path)
-        return models[key], path
-
-    return base
+def bases(exported_base: Callable[..., tuple[Any, Path]]) -> Callable[..., tuple[Any, Path]]:
+    return exported_base
 
 
 def width_of(model: Any, component: Component) -> int:
@@ -118,7 +97,12 @@ def hooked(model: Any, adapter: SteeringAdapter) -> Iterator[None]:
         if kind in (Component.ATTENTION, Component.NEURON):
             handle = module.register_forward_pre_hook(lambda _, a, s=steer: (s(a[0]), *a[1:]))
         else:
-            handle = module.register_forward_hook(lambda _, a, out, s=steer: s(out))
+            # Decoder layers of transformers 4.57 may return a tuple.
+            handle = module.register_forward_hook(
+                lambda _, a, out, s=steer: (
+                    (s(out[0]), *out[1:]) if isinstance(out, tuple) else s(out)
+                )
+            )
         handles.append(handle)
     try:
         yield

@@ -266,7 +266,10 @@ def test_bfloat16_graph_is_judged_by_the_live_models_noise(
     from transformers import AutoModelForCausalLM
 
     tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    runner.model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    # transformers 4.57 loads in float32 unless told otherwise.
+    runner.model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.bfloat16
+    ).eval()
     runner.adapter = SteeringAdapter.from_units(runner.model, "layer", *UNITS)
     assert runner.model.dtype == torch.bfloat16
     report = onnx_report(runner, tiny_tokenizer, tmp_path)
