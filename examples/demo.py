@@ -9,12 +9,14 @@ ONNX graph, then loads both as any user of those formats would, without an adapt
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -28,9 +30,9 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE / "demo_model"
 PROMPTS = {
     "mood": (
-        "One day, Pete found a red kite by the river. He felt very",
-        "On a quiet day, Dan made a green ring on the beach. All day long, he",
-        "On Monday, Nora",
+        "Tom found a red kite near the river. He felt",
+        "On Sunday, Kate sat in the hall with a big book. She felt very",
+        "Far from home, Pete kept a big ring on the stairs. Then the ring",
     ),
     "tense": ("On Monday, Nora", "On a quiet day, Dan", "Far from home, little Amy"),
 }
@@ -42,8 +44,9 @@ console = Console(highlight=False)
 def run(behaviour: str, strength: str, route: Route, out: Path) -> RunReport:
     """One `austeer-export run`; the command line that does the same is printed."""
     train, test = (HERE / "pairs" / f"{behaviour}_{part}.jsonl" for part in ("train", "test"))
+    model, fit, held_out = (os.path.relpath(path) for path in (MODEL, train, test))
     command = (
-        f"austeer-export run {MODEL} {train} --test-pairs {test} --component ffn "
+        f"austeer-export run {model} {fit} --test-pairs {held_out} --component ffn "
         f"--strength {strength} --to {route} -o {out}"
     )
     console.print(f"[bold]$ {command}[/bold]", soft_wrap=True)
@@ -147,6 +150,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_out"))
     parser.add_argument("--behaviour", choices=sorted(PROMPTS), default="mood")
     options = parser.parse_args()
+    # A bar that comes and goes within a second only clutters.
+    transformers.utils.logging.disable_progress_bar()
     for name in ("fitted", "adaptive"):
         forget(options.out / name)
     folded = run(options.behaviour, "fitted", Route.SAFETENSORS, options.out / "fitted")

@@ -195,11 +195,12 @@ def show(adapter: str, base: Path | None, as_json: bool) -> None:
     """What ADAPTER steers: sites, units, gains, figures of its fit."""
     from austeer.adapters.adapter import SteeringAdapter
     from austeer.exporter.markdown import FIGURE_HEADER, SITE_HEADER, figure_rows, steered_rows
-    from austeer.exporter.steered import check_against, describe_adapter, fact_rows
+    from austeer.exporter.merge import open_base
+    from austeer.exporter.steered import describe_adapter, fact_rows
 
     loaded = SteeringAdapter.from_pretrained(adapter)
     if base is not None:
-        check_against(loaded, base)
+        open_base(base, loaded)
     values = describe_adapter(loaded) | ({"base_matches": True} if base is not None else {})
     if as_json:
         print_json(values)

@@ -91,6 +91,7 @@ def write_folded(
 
     Arguments and errors as in `merge_checkpoint`; nothing is published or verified.
     """
+    _refuse_quantized(base)
     checkpoint = open_base(base, adapter, force=force)
     plan = plan_fold(adapter, checkpoint, shared_names(checkpoint), scale)
     if not isinstance(plan, FoldPlan):
@@ -118,7 +119,6 @@ def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> C
         ModelError: malformed directory, config or weights.
         AdapterError: other model type, or other weights (unless `force`).
         SiteError: a unit or layer that the base does not have.
-        RouteError: the base is quantized.
     """
     config = read_model_config(base)
     expected = adapter.config.model_type
@@ -126,11 +126,6 @@ def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> C
         raise AdapterError(
             f"{base}: adapter for a {expected} model, this one is "
             f"{config.get('model_type')!r}; use the right base"
-        )
-    if config.get("quantization_config"):
-        raise RouteError(
-            f"{base}: its weights are quantized, column gains do not fold into them; "
-            "fold the unquantized model and quantize the result"
         )
     checkpoint = Checkpoint(base)
     read = checkpoint_reader(adapter.architecture, checkpoint)
@@ -158,6 +153,14 @@ def read_model_config(base: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def _refuse_quantized(base: Path) -> None:
+    if read_model_config(base).get("quantization_config"):
+        raise RouteError(
+            f"{base}: its weights are quantized, column gains do not fold into them; "
+            "fold the unquantized model and quantize the result"
+        )
 
 
 def _usage(scale: float) -> str:

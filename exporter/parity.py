@@ -83,8 +83,11 @@ class ParityReport:
             )
         return found
 
-    def require(self) -> None:
+    def require(self, consequence: str = "not published") -> None:
         """Raise unless the product passed.
+
+        Args:
+            consequence: what follows for the user.
 
         Raises:
             VerificationError: every failure in one line.
@@ -92,7 +95,7 @@ class ParityReport:
         if failures := self.failures():
             raise VerificationError(
                 f"{self.route} product {self.path}: {'; '.join(failures)} "
-                f"({self.tokens} tokens of {self.prompts} prompts); not published"
+                f"({self.tokens} tokens of {self.prompts} prompts); {consequence}"
             )
 
     def as_dict(self) -> dict[str, Any]:

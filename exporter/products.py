@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,22 @@ def verification_prompts(pairs: Sequence[ContrastivePair]) -> list[str]:
     return list(dict.fromkeys([*spread, *NEUTRAL_PROMPTS]))
 
 
+def check_base(base: Base, adapter: SteeringAdapter, handling: Handling) -> Handling:
+    """Check that the adapter belongs to the base's files; the handling that follows from it.
+
+    The files decide, because the live model may be loaded in another dtype, in which the same
+    weights have another fingerprint. No later step needs to ask again.
+
+    Raises:
+        AdapterError: it is for another base (unless `handling.force`).
+        SiteError: a unit or layer that the base does not have.
+    """
+    from austeer.exporter.merge import open_base
+
+    open_base(base.folder, adapter, force=handling.force)
+    return dataclasses.replace(handling, force=True)
+
+
 def write_product(
     route: Route, base: Base, adapter: SteeringAdapter, folder: Path, handling: Handling
 ) -> None:
@@ -130,7 +147,7 @@ def prove_product(
     """Reload the product from disk and compare it with the attached model.
 
     Raises:
-        VerificationError: it differs.
+        VerificationError: it does not load, or its weights are not the fold of the base's.
     """
     from austeer.exporter.verify import verify_checkpoint, verify_fold_structure, verify_onnx
 
@@ -143,7 +160,6 @@ def prove_product(
             verify_fold_structure(base.folder, folder, adapter, handling.scale)
             options["trust_remote_code"] = handling.trust_remote_code
             parity = verify_checkpoint(folder, model, tokenizer, adapter, prompts, **options)
-    parity.require()
     return parity
 
 
@@ -155,17 +171,31 @@ def make_product(
     prompts: Sequence[str],
     handling: Handling,
     progress: Progress = silent,
+    *,
+    path: str | None = None,
 ) -> dict[str, Any]:
     """Write one product into the existing directory `folder` and prove it.
+
+    Args:
+        route: kind of product.
+        base: the live base and its files.
+        adapter: what to steer.
+        folder: where to write.
+        prompts: texts to compare on.
+        handling: how it is written and proved.
+        progress: called with (stage, done, total).
+        path: what to call it in the report and in errors; the folder's name without it.
 
     Returns:
         The product's entry in `report.json`.
 
     Raises:
         RouteError: the adapter cannot take this route.
+        AdapterError: the adapter is for another base (unless `handling.force`).
         VerificationError: the product differs from the attached model.
     """
-    started = time.monotonic()
+    started, path = time.monotonic(), path or folder.name
+    handling = check_base(base, adapter, handling)
     progress(f"write {route}", 0, 1)
     write_product(route, base, adapter, folder, handling)
     progress(f"write {route}", 1, 1)
@@ -173,8 +203,9 @@ def make_product(
     if handling.verify:
         progress(f"verify {route}", 0, 1)
         parity = prove_product(route, base, adapter, folder, prompts, handling)
+        dataclasses.replace(parity, path=path).require()
         progress(f"verify {route}", 1, 1)
-    return _row(route, folder.name, parity, started)
+    return _row(route, path, parity, started)
 
 
 def export_product(request: ProductRequest, progress: Progress = silent) -> Export:
@@ -188,15 +219,24 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
     adapter = SteeringAdapter.from_pretrained(request.adapter)
     check_routes([request.route], adapter.config.strength, adapter.config.components)
     pairs = read_pairs(request.pairs) if request.pairs else []
+    if request.route.folds and not request.handling.verify:
+        return _fold_unverified(request, adapter)
     progress("load the base model", 0, 1)
     base = load_base(request.base)
     progress("load the base model", 1, 1)
     prompts = verification_prompts(render_pairs(pairs, base.tokenizer))
     with publish_directory(request.out) as work:
         row = make_product(
-            request.route, base, adapter, work, prompts, request.handling, progress
+            request.route,
+            base,
+            adapter,
+            work,
+            prompts,
+            request.handling,
+            progress,
+            path=str(request.out),
         )
-    return Export(request.route, request.out, row | {"path": str(request.out)})
+    return Export(request.route, request.out, row)
 
 
 def verify_product(
@@ -214,17 +254,34 @@ def verify_product(
         AusteerError: product, base or adapter is unusable.
         VerificationError: the product differs from the attached model.
     """
+    handling = Handling(
+        scale=scale, force=force, trust_remote_code=base_options.trust_remote_code
+    )
     route = route_of(product)
     adapter = SteeringAdapter.from_pretrained(adapter_name)
     pairs = read_pairs(pairs_file) if pairs_file else []
     started = time.monotonic()
     base = load_base(base_options)
     prompts = verification_prompts(render_pairs(pairs, base.tokenizer))
-    handling = Handling(
-        scale=scale, force=force, trust_remote_code=base_options.trust_remote_code
-    )
+    handling = check_base(base, adapter, handling)
     parity = prove_product(route, base, adapter, product, prompts, handling)
+    dataclasses.replace(parity, path=str(product)).require(
+        "is it a product of this base and adapter, at this scale?"
+    )
     return Export(route, product, _row(route, str(product), parity, started))
+
+
+def _fold_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
+    """Fold without a live model, which may be far larger than this machine's memory."""
+    from austeer.adapters.loading import model_directory
+    from austeer.exporter.merge import merge_checkpoint
+
+    started, handling = time.monotonic(), request.handling
+    folder = model_directory(request.base.model, request.base.revision)
+    merge_checkpoint(folder, adapter, request.out, scale=handling.scale, force=handling.force)
+    return Export(
+        request.route, request.out, _row(request.route, str(request.out), None, started)
+    )
 
 
 def _row(

@@ -91,6 +91,11 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             f"Steered continuations are {test['fluency']:.2f} times as surprising to the base "
             "model as its own: read the sample texts."
         )
+    if _ranking_saw_test(report):
+        found.append(
+            "The ranking was not made from the fit split and may have seen the test pairs: the "
+            "test figures may flatter; give --test-pairs of their own."
+        )
     flips = (report.get("selected") or {}).get("units_that_can_flip_sign")
     if flips:
         found.append(f"{flips} units can flip an activation's sign; --keep-sign forbids it.")
@@ -111,6 +116,13 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)
+
+
+def _ranking_saw_test(report: Mapping[str, Any]) -> bool:
+    """Whether a given ranking may count pairs of the test split, taken from the same file."""
+    own_test_file = "test_pairs" in report.get("data", {})
+    known = (report.get("fit") or {}).get("ranking_on_fit_split", True)
+    return not known and not own_test_file
 
 
 def _finite(value: object) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from austeer.adapters._errors import RouteError
 from austeer.adapters.config import Strength
 from austeer.adapters.sites import Component
+from austeer.adapters.tensors import INDEX, SINGLE
 
 
 class Route(StrEnum):
@@ -71,13 +72,17 @@ def route_of(product: Path) -> Route:
     """Recognize a product directory by its files.
 
     Raises:
-        RouteError: neither an ONNX model nor safetensors weights in it, or both.
+        RouteError: no directory, or neither an ONNX model nor a checkpoint in it, or both.
     """
+    if not product.is_dir():
+        found = "a file" if product.exists() else "nothing there"
+        raise RouteError(f"{product}: expected a product directory, found {found}")
     graph = any(product.glob("*.onnx"))
-    weights = any(product.glob("*.safetensors"))
+    # A ranking and an adapter are safetensors files, too, but no checkpoint.
+    weights = any((product / name).exists() for name in (SINGLE, INDEX))
     if graph == weights:
         raise RouteError(
-            f"{product}: expected a directory with *.onnx or *.safetensors, found "
+            f"{product}: expected a directory with *.onnx or {SINGLE}, found "
             f"{'both' if graph else 'neither'}; name the product directory itself, "
             "such as OUT/safetensors or OUT/onnx"
         )

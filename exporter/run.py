@@ -14,10 +14,12 @@ from typing import Any
 from austeer.adapters._errors import NoEffectError
 from austeer.adapters._files import publish_directory
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.fingerprint import checkpoint_reader, fingerprint
 from austeer.adapters.fit import fit_strength
 from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.measure import make_splits
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
+from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.products import (
     Progress,
     load_base,
@@ -159,9 +161,15 @@ class _Job:
         config = dataclasses.replace(
             adapter.config,
             revision=options.base.revision,
+            base_model_fingerprint=self._fingerprint(adapter),
             fit=adapter.config.fit | {"beta": beta_ranges(adapter, ranking)},
         )
         return SteeringAdapter(config, adapter.sites), report
+
+    def _fingerprint(self, adapter: SteeringAdapter) -> str:
+        """Of the base's files: the live model may be loaded in another dtype."""
+        read = checkpoint_reader(adapter.architecture, Checkpoint(self._base.folder))
+        return fingerprint(adapter.architecture, [s.site for s in adapter.sites], read)
 
     def _write_adapter(
         self, adapter: SteeringAdapter, fit: dict[str, Any], work: Path

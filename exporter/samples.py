@@ -30,7 +30,8 @@ def before_and_after(
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs if pair.prompt))
     prompts = prompts[:: max(1, len(prompts) // count)][:count]
     before = [continue_greedily(base, prompt, new_tokens) for prompt in prompts]
-    with adapter.attached(base.model):
+    # The files of the base were checked; loaded in another dtype, its fingerprint differs.
+    with adapter.attached(base.model, force=True):
         after = [continue_greedily(base, prompt, new_tokens) for prompt in prompts]
     return [
         {"prompt": prompt, "base": plain, "steered": steered}

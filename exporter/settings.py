@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from austeer.adapters._errors import FitError
+from austeer.adapters._errors import FitError, RouteError
 from austeer.adapters._files import check_output_free
 from austeer.adapters.config import Strength
 from austeer.adapters.sites import Component
@@ -47,12 +48,19 @@ class Handling:
         force: accept a base with other weights than the adapter was made for.
         verify: compare the product with the attached model.
         trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Raises:
+        RouteError: a scale that is no number.
     """
 
     scale: float = 1.0
     force: bool = False
     verify: bool = True
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise RouteError(f"scale: expected a finite number, got {self.scale}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from austeer.adapters._errors import FitError
+from austeer.adapters._errors import FitError, OutputError
 from austeer.adapters._files import check_output_free
 from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.pairs import read_pairs, render_pairs
@@ -46,6 +46,8 @@ def localize_job(
     Raises:
         AusteerError: model, pairs or output are unusable; nothing is written.
     """
+    if out.is_dir():
+        raise OutputError(f"{out}: expected a file name, found a directory; choose another")
     check_output_free(out)
     pairs = read_pairs(pairs_file)
     progress("load the model", 0, 1)

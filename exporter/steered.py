@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,23 +65,6 @@ def fact_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
     if values.get("base_matches"):
         rows.append(("base", "matches the fingerprint"))
     return rows
-
-
-def check_against(adapter: SteeringAdapter, base: Path) -> None:
-    """Check an adapter against a base model on disk; reads headers and touched tensors only.
-
-    Raises:
-        ModelError: the directory is no model.
-        AdapterError: the adapter is for another base.
-        SiteError: a site or unit that the base does not have.
-    """
-    from austeer.adapters.fingerprint import checkpoint_reader
-    from austeer.adapters.tensors import Checkpoint
-    from austeer.exporter.merge import read_model_config
-
-    config = read_model_config(base)
-    read = checkpoint_reader(adapter.architecture, Checkpoint(base))
-    adapter.check_base(read, adapter.architecture.num_layers(config))
 
 
 def _beta(ranges: Mapping[str, Any], steered: SteeredSite) -> dict[str, Any]:

@@ -289,6 +289,15 @@ def test_output_file_that_exists(tmp_path: Path, base: Path, pairs: Path) -> Non
     refused(tmp_path, "localize", base, pairs, "-o", taken, says=(str(taken), "existing file"))
 
 
+def test_ranking_into_a_directory_is_refused_before_the_model(
+    tmp_path: Path, pairs: Path
+) -> None:
+    out = tmp_path / "folder"
+    out.mkdir()
+    arguments = ("localize", tmp_path / "no-model", pairs, "-o", out)
+    refused(tmp_path, *arguments, says=(str(out), "expected a file name"))
+
+
 def test_output_below_a_file(tmp_path: Path, base: Path, adapter: Path) -> None:
     out = base / "config.json" / "out"
     refused(
@@ -357,7 +366,43 @@ def test_product_that_lost_its_file(tmp_path: Path, base: Path, adapter: Path) -
     empty = tmp_path / "product"
     empty.mkdir()
     arguments = ("verify", empty, "--base", base, "--adapter", adapter)
-    refused(tmp_path, *arguments, says=("*.onnx or *.safetensors",))
+    refused(tmp_path, *arguments, says=("*.onnx or model.safetensors",))
+
+
+def test_product_that_is_not_there(tmp_path: Path, base: Path, adapter: Path) -> None:
+    arguments = ("verify", tmp_path / "no", "--base", base, "--adapter", adapter)
+    refused(tmp_path, *arguments, says=("found nothing there",))
+
+
+@pytest.mark.parametrize("name", ["ranking.safetensors", "adapter_model.safetensors"])
+def test_verify_of_what_is_no_product(
+    tmp_path: Path, base: Path, adapter: Path, name: str
+) -> None:
+    folder = tmp_path / "whole-run"
+    folder.mkdir()
+    (folder / name).write_bytes(b"anything")
+    arguments = ("verify", folder, "--base", base, "--adapter", adapter)
+    refused(tmp_path, *arguments, says=("name the product directory itself",))
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+@pytest.mark.parametrize("command", ["merge", "onnx"])
+def test_scale_that_is_no_number(
+    tmp_path: Path, base: Path, adapter: Path, command: str, scale: str
+) -> None:
+    arguments = (command, base, adapter, "-o", tmp_path / "out", "--scale", scale)
+    refused(tmp_path, *arguments, "--no-verify", says=(f"finite number, got {scale}",))
+
+
+def test_failure_names_the_product_and_not_its_temporary(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from austeer.exporter import parity
+
+    monkeypatch.setattr(parity, "FLOAT32_BOUND", 0.0)
+    out = tmp_path / "out"
+    result = refused(tmp_path, "merge", base, adapter, "-o", out, says=(str(out), "published"))
+    assert "partial" not in result.stderr
 
 
 def test_product_that_is_not_steered(tmp_path: Path, base: Path, adapter: Path) -> None:

@@ -190,13 +190,30 @@ def test_merge_at_another_scale(
         found = AutoModelForCausalLM.from_pretrained(out)(ids).logits
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     wrong = ("verify", out, "--base", base, "--adapter", adapter)
-    assert invoke(*wrong, exit_code=4).stderr.startswith("error: ")
+    assert invoke(*wrong, exit_code=4).stderr.startswith(f"error: {out}")
     assert "safetensors" in invoke(*wrong, "--scale", "2").stdout
 
 
-def test_unverified_says_so(tmp_path: Path, base: Path, adapter: Path) -> None:
-    arguments = ("merge", base, adapter, "-o", tmp_path / "out", "--no-verify")
-    assert not as_json(invoke(*arguments, "--json"))["verified"]
+def test_unverified_fold_says_so_and_loads_no_model(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "austeer.adapters.loading.load_model", lambda *_, **__: pytest.fail("loaded")
+    )
+    out = tmp_path / "out"
+    made = as_json(invoke("merge", base, adapter, "-o", out, "--no-verify", "--json"))
+    assert not made["verified"]
+    assert made["path"] == str(out)
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["merge", "onnx"])
+def test_the_files_decide_whose_adapter_it_is_not_the_dtype(
+    tmp_path: Path, base: Path, adapter: Path, command: str
+) -> None:
+    # Weights rounded to float16 on loading have another fingerprint.
+    arguments = (command, base, adapter, "-o", tmp_path / "out", "--dtype", "float16")
+    assert as_json(invoke(*arguments, "--json"))["verified"]
 
 
 def test_product_that_fails_is_not_published(
@@ -276,6 +293,19 @@ def test_run_publishes_everything_or_says_that_nothing_helps(
 
 
 @pytest.mark.slow
+def test_run_in_half_precision_makes_an_adapter_for_the_files(
+    tmp_path: Path, base: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("austeer.adapters.fit.Fitter._no_effect", lambda *_: None)
+    out = tmp_path / "out"
+    arguments = ("run", base, pairs, "-o", out, "--strength", "oriented", "--kl-budget", "5")
+    more = ("--component", "attention", "--dtype", "float16", "--to", "safetensors")
+    invoke(*arguments, *more)
+    values = as_json(invoke("show", out / "adapter", "--base", base, "--json"))
+    assert values["base_matches"]
+
+
+@pytest.mark.slow
 def test_run_without_effect_is_loud_and_publishes_only_a_report(
     tmp_path: Path, base: Path, pairs: Path
 ) -> None:
@@ -302,6 +332,7 @@ def test_fit_takes_up_a_ranking(tmp_path: Path, base: Path, pairs: Path) -> None
     result = CliRunner().invoke(cli, [str(argument) for argument in (*arguments, *options)])
     assert result.exit_code in (0, 3), result.output
     assert as_json(result)["fit"]["ranking_on_fit_split"] is False
+    assert any("may have seen the test pairs" in note for note in as_json(result)["notes"])
     assert (out / "adapter_config.json").is_file() == (result.exit_code == 0)
 
 
