@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from austeer.adapters._errors import AdapterError, SiteError
+from austeer.adapters._errors import AdapterError, ModelError, SiteError
 from austeer.adapters._files import publish_directory
 from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.config import AdapterConfig, Strength
 from austeer.adapters.fingerprint import ReadTensor, fingerprint, module_reader
 from austeer.adapters.predictor import Predictor
 from austeer.adapters.sites import Component, Site
+from austeer.adapters.tensors import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,12 +34,12 @@ class SteeredSite:
 
     Attributes:
         site: where.
-        index: unit numbers, unique.
-        gamma: γ of each unit; gain = 1 + γ.
+        index: unit numbers, unique; any integer dtype, held as int64.
+        gamma: γ of each unit; gain = 1 + γ; held as float32, the dtype it is saved in.
         predictor: makes γ depend on the token, for strength `adaptive`.
 
     Raises:
-        SiteError: duplicate or negative units, lengths that differ, non-finite γ.
+        SiteError: duplicate, negative or fractional units, lengths that differ, non-finite γ.
     """
 
     site: Site
@@ -47,6 +48,11 @@ class SteeredSite:
     predictor: Predictor | None = None
 
     def __post_init__(self) -> None:
+        if self.index.dtype.kind not in "iu":
+            raise SiteError(f"{self.site}: expected whole unit numbers, got {self.index.dtype}")
+        # As saved, so that an adapter steers the same before it is saved and after.
+        object.__setattr__(self, "index", self.index.astype(np.int64))
+        object.__setattr__(self, "gamma", self.gamma.astype(np.float32))
         if self.index.ndim != 1 or self.index.shape != self.gamma.shape or not len(self.index):
             raise SiteError(
                 f"{self.site}: expected as many gammas as units, at least one, "
@@ -121,7 +127,9 @@ class SteeringAdapter:
                 f"got {len(layers)}, {len(units)}, {len(gamma)}"
             )
         kind = _component(component)
-        layer, unit = np.asarray(layers, np.int64), np.asarray(units, np.int64)
+        layer, unit = np.asarray(layers), np.asarray(units)
+        if len(layer) and layer.dtype.kind not in "iu":
+            raise SiteError(f"from_units: expected whole layer numbers, got {layer.dtype}")
         values = np.asarray(gamma, np.float32)
         sites = []
         for number in np.unique(layer):
@@ -213,8 +221,8 @@ class SteeringAdapter:
         found: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
         for steered in self.sites:
             key = steered.site.key
-            found[f"{key}.index"] = steered.index.astype(np.int64)
-            found[f"{key}.gamma"] = steered.gamma.astype(np.float32)
+            found[f"{key}.index"] = steered.index
+            found[f"{key}.gamma"] = steered.gamma
             if steered.predictor is not None:
                 for part in _PREDICTOR_PARTS:
                     found[f"{key}.{part}"] = np.ascontiguousarray(
@@ -356,9 +364,6 @@ def _local_folder(name: str, revision: str | None) -> Path:
 
 
 def _read_sites(path: Path) -> list[SteeredSite]:
-    from austeer.adapters._errors import ModelError
-    from austeer.adapters.tensors import read_header
-
     if not path.is_file():
         raise AdapterError(f"{path}: missing; is {path.parent} a complete adapter directory?")
     try:

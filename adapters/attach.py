@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from austeer.adapters._errors import ModelError
 from austeer.adapters.adapter import SteeredSite
 from austeer.adapters.architectures import Architecture, Hookpoint
 from austeer.adapters.predictor import PHI_MAX, PHI_SHIFT
@@ -117,8 +118,6 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     Raises:
         ModelError: there is none.
     """
-    from austeer.adapters._errors import ModelError
-
     try:
         return model.get_submodule(path)
     except AttributeError:

@@ -52,7 +52,7 @@ class Branch:
     """Where one completion of each pair lies in a batch.
 
     `log p(branch | prefix)` of pair j is the sum, over every t with `pair[t] == j`, of
-    `log_softmax(logits[row[t], position[t]])[target[t]]`; see `branch_log_probs`. Without a
+    `log_softmax(logits[row[t], position[t]])[target[t]]`; see `evaluate.margins`. Without a
     prefix nothing predicts the first token, and it is left out.
 
     Attributes:
@@ -203,14 +203,6 @@ def plain_batch(
             [p.negative for p in tokens], second, ends[count:], ends[count:], tokens, device
         ),
     )
-
-
-def branch_log_probs(logits: Float[Tensor, "B L V"], branch: Branch) -> Float[Tensor, " P"]:
-    """Log p(branch | prefix) of each pair, in float32; differentiable."""
-    chosen = logits[branch.row, branch.position].float().log_softmax(-1)
-    scores = chosen.gather(-1, branch.target[:, None])[:, 0]
-    total = torch.zeros(len(branch.last_row), device=logits.device)
-    return total.index_add(0, branch.pair, scores)
 
 
 def _left_padding(rows: Sequence[Sequence[int]], padding_side: str) -> list[int]:

@@ -15,35 +15,11 @@ from torch import Tensor, nn
 from austeer.adapters._errors import FitError, ModelError
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import find_module
-from austeer.adapters.batches import (
-    Branch,
-    PairBatch,
-    PairTokens,
-    branch_log_probs,
-    plain_batch,
-    token_limit,
-    tokenize_pairs,
-    tree_batch,
-)
+from austeer.adapters.batches import PairBatch, PairTokens, plain_batch, tree_batch
 from austeer.adapters.sites import Component, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = [
-    "Activations",
-    "Branch",
-    "PairBatch",
-    "PairTokens",
-    "branch_log_probs",
-    "can_share_prompt",
-    "capture",
-    "make_batch",
-    "plain_batch",
-    "token_limit",
-    "tokenize_pairs",
-    "tree_batch",
-]
 
 notice = logging.getLogger("austeer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -88,6 +89,21 @@ class AdapterConfig:
         _expect(self.peft_type == PEFT_TYPE, "peft_type", PEFT_TYPE, self.peft_type)
         for name in ("base_model_name_or_path", "model_type"):
             _expect(isinstance(getattr(self, name), str), name, "a string", getattr(self, name))
+        for name in ("fit", "versions"):
+            found = getattr(self, name)
+            _expect(isinstance(found, dict), name, "an object", found)
+        _expect(
+            self.revision is None or isinstance(self.revision, str),
+            "revision",
+            "a string or null",
+            self.revision,
+        )
+        _expect(
+            self.alpha is None or _is_finite(self.alpha),
+            "alpha",
+            "a finite number or null",
+            self.alpha,
+        )
         digest = self.base_model_fingerprint
         fits = isinstance(digest, str) and re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
         _expect(bool(fits), "base_model_fingerprint", "sha256:<64 hex digits>", digest)
@@ -100,6 +116,8 @@ class AdapterConfig:
             self.rank,
         )
         _expect(bool(self.components), "components", "at least one", self.components)
+        names = [str(component) for component in self.components]
+        _expect(len(set(names)) == len(names), "components", "each one once", names)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> AdapterConfig:
@@ -109,27 +127,31 @@ class AdapterConfig:
             AdapterError: unknown or missing keys, unknown version, bad values.
         """
         found = values.get("format_version")
-        if found != FORMAT_VERSION:
+        if found != FORMAT_VERSION or isinstance(found, bool):
             raise AdapterError(
                 f"{where}: format_version {found!r}, this release reads {FORMAT_VERSION}; "
                 "update austeer or export the adapter again"
             )
-        names = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
+        items = dataclasses.fields(cls)
+        unknown = sorted(set(values) - {item.name for item in items})
         if unknown:
             raise AdapterError(
                 f"{where}: unknown key {unknown[0]!r}; was it written by a newer austeer?"
             )
+        missing = [
+            item.name
+            for item in items
+            if item.name not in values
+            and item.default is item.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise AdapterError(f"{where}: key {missing[0]!r} is missing")
         try:
             kinds = tuple(Component(item) for item in values["components"])
             return cls(
                 **{**values, "components": kinds, "strength": Strength(values["strength"])}
             )
-        except KeyError as error:
-            raise AdapterError(f"{where}: key {error.args[0]!r} is missing") from error
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"{where}: {error}") from error
-        except AdapterError as error:
+        except (TypeError, ValueError, AdapterError) as error:
             raise AdapterError(f"{where}: {error}") from error
 
     @classmethod
@@ -174,6 +196,12 @@ def library_versions() -> dict[str, str]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_finite(value: object) -> bool:
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    )
 
 
 def _expect(holds: bool, name: str, expected: str, found: object) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from austeer.adapters.batches import PairBatch, PairTokens
+from austeer.adapters._errors import FitError
+from austeer.adapters.batches import PairBatch, PairTokens, token_limit
 from austeer.adapters.capture import can_share_prompt, make_batch
 from austeer.adapters.neutral import TokenText, continue_texts
 
@@ -38,6 +39,9 @@ def bootstrap(
     draws: int = 2000,
 ) -> Measured:
     """A statistic of column means, with the percentile interval of resampled rows.
+
+    Rows that do not differ (a single one, or pairs that are all won) give an interval without
+    width: it says nothing then about how well the figure is known.
 
     Args:
         rows: one independent observation a row (a pair, a text).
@@ -213,7 +217,8 @@ class FluencyProbe:
     Attributes:
         model: the base model.
         prompts: left-padded prompts.
-        steps: tokens sampled after each prompt at temperature 1.
+        steps: tokens sampled after each prompt at temperature 1; fewer where the model's
+            context ends before.
         seed: of the noise, shared by base and steered samples.
     """
 
@@ -240,12 +245,12 @@ class FluencyProbe:
     ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """−log p under the base summed over each sampled continuation, and its length."""
         sums, counts = [], []
+        room = token_limit(self.model) - self.prompts.input_ids.shape[1]
+        steps = max(1, min(self.steps, room))
         for start in range(0, len(self.prompts), 32):
             prompt = self.prompts.rows(slice(start, start + 32))
             with context():
-                sample = continue_texts(
-                    self.model, prompt, steps=self.steps, seed=self.seed + start
-                )
+                sample = continue_texts(self.model, prompt, steps=steps, seed=self.seed + start)
             sums.append(continuation_surprise(self.model, prompt, sample))
             counts.append(sample.valid.sum(1).double().cpu().numpy())
         return np.concatenate(sums), np.concatenate(counts)
@@ -260,11 +265,15 @@ def continuation_surprise(
     ids = torch.cat([prompt.input_ids.to(device), sample.input_ids.to(device)], dim=1)
     valid = torch.cat([prompt.valid.to(device), sample.valid.to(device)], dim=1)
     positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+    # Logits of the prompts, of which nothing is scored, can be larger than the model.
     logits = model(
-        input_ids=ids, attention_mask=valid.long(), position_ids=positions, use_cache=False
+        input_ids=ids,
+        attention_mask=valid.long(),
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=sample.input_ids.shape[1] + 1,
     ).logits
-    first = prompt.input_ids.shape[1]
-    log_probs = logits[:, first - 1 : -1].float().log_softmax(-1)
+    log_probs = logits[:, :-1].float().log_softmax(-1)
     picked = log_probs.gather(-1, sample.input_ids.to(device)[..., None])[..., 0]
     surprise = -(picked * sample.valid.to(device)).sum(1)
     return np.asarray(surprise.double().cpu())
@@ -274,7 +283,13 @@ def continuation_surprise(
 def text_perplexity(
     model: PreTrainedModel, text: TokenText, steered: Steered = nullcontext, batch_size: int = 8
 ) -> float:
-    """Perplexity of right-padded text, first tokens given, inside the `steered()` context."""
+    """Perplexity of right-padded text, first tokens given, inside the `steered()` context.
+
+    Raises:
+        FitError: no text has a second token, which the first could predict.
+    """
+    if not text.valid[:, 1:].any():
+        raise FitError("neutral text: expected a text of two tokens or more, found none")
     total, count = 0.0, 0
     for start in range(0, len(text), batch_size):
         part = text.rows(slice(start, start + batch_size))
@@ -285,7 +300,7 @@ def text_perplexity(
         picked = log_probs.gather(-1, ids[:, 1:, None])[..., 0]
         total -= float((picked * valid[:, 1:]).sum(dtype=torch.float64))
         count += int(valid[:, 1:].sum())
-    return math.exp(total / max(count, 1))
+    return math.exp(total / count)
 
 
 def _log_probs(model: PreTrainedModel, text: TokenText) -> Float[Tensor, "tokens vocab"]:

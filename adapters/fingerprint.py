@@ -1,7 +1,8 @@
 """Digest of the tensors an adapter touches: says which base model an adapter belongs to.
 
 Values are rounded to bfloat16 before hashing, so that one model has one fingerprint whether
-it is read from disk or was loaded in float32 or bfloat16.
+it is read from disk or was loaded in float32 or bfloat16. A model that was loaded in float16
+from another dtype was rounded otherwise: it is another model, with another fingerprint.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from torch import Tensor
 from austeer.adapters._errors import FitError, PairsError, SiteError
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import find_module
-from austeer.adapters.capture import capture, token_limit, tokenize_pairs
+from austeer.adapters.batches import token_limit, tokenize_pairs
+from austeer.adapters.capture import capture
 from austeer.adapters.pairs import ContrastivePair, pairs_digest
 from austeer.adapters.ranking import Counts, Ranking, RankingInfo
 from austeer.adapters.sites import Component, Site

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenText:
-    """Right-padded token sequences.
+    """Token sequences of different lengths, padded: prompts on the left, texts on the right.
 
     Attributes:
         input_ids: token ids.
@@ -119,6 +119,7 @@ def continue_texts(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
         )
         cache = output.past_key_values
         chosen = _draw(output.logits[:, -1], uniform[:, step], temperature).to(device)

@@ -44,8 +44,3 @@ def constant_sites(
         SteeredSite(site, table.unit[rows].astype(np.int64), values[rows].astype(np.float32))
         for site, rows in table.by_site().items()
     ]
-
-
-def flipped_units(sites: list[SteeredSite]) -> int:
-    """Number of units whose constant γ < −1 turns their sign around."""
-    return int(sum((steered.gamma < -1.0).sum() for steered in sites))

@@ -23,6 +23,8 @@ from austeer.adapters.sites import Site, UnitTable
 _MARGIN_SCALE = 4.0  # nats at which a pair counts as mostly won
 _START_PRICE = 1.0  # nats of loss that twice the targeted KL costs, to begin with
 _LEAST_PRICE = 0.02
+_SHRINK = 0.95  # factor on gains that end above the budget
+_SHRINK_TRIES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +196,7 @@ def train_gains(
     optimizer = torch.optim.Adam(gains.parameters(), lr=options.learning_rate)
     order = np.random.default_rng(options.seed)
     multiplier, smooth_kl = _START_PRICE, 0.0
-    best = Trained(Judgement(-np.inf, np.inf), 0, within=False)
-    state = gains.snapshot()
+    best, within = _Best(gains, kl_limit), False
     pair_turns, text_turns = _cycle(len(pairs), order), _cycle(len(neutral), order)
     for step in range(1, options.steps + 1):
         _set_rate(optimizer, options.learning_rate, step, options.steps)
@@ -208,17 +209,32 @@ def train_gains(
         smooth_kl = kl if step == 1 else 0.8 * smooth_kl + 0.2 * kl
         multiplier = _adjusted(multiplier, smooth_kl / options.kl_target)
         if step % options.judge_every == 0 or step == options.steps:
-            found = judge()
-            within = found.kl <= kl_limit
-            if (within, _worth(found, within)) > (
-                best.within,
-                _worth(best.judgement, best.within),
-            ):
-                best, state = Trained(found, step, within), gains.snapshot()
+            within = best.consider(judge(), step)
         if progress is not None:
             progress(step, options.steps)
-    gains.load_state_dict(state)
-    return best
+    # The last gains are the furthest trained; often a touch less of them keeps the budget.
+    for _ in range(0 if within else _SHRINK_TRIES):
+        gains.scale_gamma(_SHRINK)
+        if best.consider(judge(), options.steps):
+            break
+    gains.load_state_dict(best.state)
+    return best.trained
+
+
+class _Best:
+    """The best judged gains so far: within the limit if any are, then by margin."""
+
+    def __init__(self, gains: TrainableGains, kl_limit: float) -> None:
+        self._gains, self._limit = gains, kl_limit
+        self.trained = Trained(Judgement(-np.inf, np.inf), 0, within=False)
+        self.state = gains.snapshot()
+
+    def consider(self, found: Judgement, step: int) -> bool:
+        """Keep the present gains if they are better; says whether they are within the limit."""
+        fresh = Trained(found, step, found.kl <= self._limit)
+        if _worth(fresh) > _worth(self.trained):
+            self.trained, self.state = fresh, self._gains.snapshot()
+        return fresh.within
 
 
 def _adjusted(price: float, used: float) -> float:
@@ -231,9 +247,10 @@ def _adjusted(price: float, used: float) -> float:
     return max(price * 0.97, _LEAST_PRICE)
 
 
-def _worth(found: Judgement, within: bool) -> float:
+def _worth(trained: Trained) -> tuple[bool, float]:
     """Within the budget the margin counts; outside it, being close to the budget."""
-    return found.margin if within else -found.kl
+    found = trained.judgement
+    return trained.within, found.margin if trained.within else -found.kl
 
 
 def _step(

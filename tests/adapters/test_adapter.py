@@ -135,6 +135,8 @@ def test_scale_is_a_factor_on_gamma(tiny_model: Callable[..., Any]) -> None:
         ([0, 0], [5], [1.0], "equally many layers, units and gammas, got 2, 1, 1"),
         ([0], [5], [float("nan")], "NaN or infinity"),
         ([], [], [], "at least one steered unit"),
+        ([0], [1.9], [1.0], "layers.0.ffn: expected whole unit numbers, got float64"),
+        ([0.7], [1], [1.0], "expected whole layer numbers, got float64"),
     ],
 )
 def test_bad_units(
@@ -143,6 +145,20 @@ def test_bad_units(
     with pytest.raises(SiteError, match=message) as error:
         SteeringAdapter.from_units(tiny_model("llama"), "ffn", layers, units, gamma)
     assert "\n" not in str(error.value)
+
+
+def test_dtypes_of_the_caller_are_those_of_the_file(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """float64 gammas attached as they are would steer otherwise than after a reload."""
+    model = tiny_model("llama")
+    site = SteeredSite(Site(0, Component.FFN), np.array([1, 2], np.int32), np.array([0.1, 0.2]))
+    adapter = SteeringAdapter.from_sites(model, [site], Strength.FITTED)
+    assert (site.index.dtype, site.gamma.dtype) == (np.int64, np.float32)
+    loaded = SteeringAdapter.from_pretrained(adapter.save_pretrained(tmp_path / "adapter"))
+    assert torch.equal(steered_logits(model, adapter), steered_logits(model, loaded))
+    with pytest.raises(SiteError, match="expected whole unit numbers, got float64"):
+        SteeredSite(Site(0, Component.FFN), np.array([1.9]), np.array([0.1]))
 
 
 def test_same_unit_in_two_layers_is_fine(tiny_model: Callable[..., Any]) -> None:

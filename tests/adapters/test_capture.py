@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from austeer.adapters import Component, FitError, ModelError, Site
-from austeer.adapters.capture import PairTokens, can_share_prompt, capture
+from austeer.adapters.batches import PairTokens
+from austeer.adapters.capture import can_share_prompt, capture
 
 TinyModel = Callable[..., Any]
 SITES = [Site(layer, component) for layer in range(2) for component in Component]

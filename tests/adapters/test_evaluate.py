@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from austeer.adapters._errors import FitError
 from austeer.adapters.batches import tokenize_pairs
 from austeer.adapters.evaluate import (
     FluencyProbe,
@@ -157,6 +158,19 @@ def test_fluency_of_the_base_is_one_and_of_noise_is_not(
             handle.remove()
 
     assert probe.measure(noisy).value > 1.2
+
+
+def test_fluency_stays_within_the_models_context(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    """GPT-2 has no position beyond its context, and fails at one."""
+    model = tiny_model("gpt2", n_positions=16)
+    prompts = encode_prompts([pair.prompt for pair in PAIRS], tiny_tokenizer, 10)
+    probe = FluencyProbe(model, prompts, steps=32)
+    assert probe.measure(lambda: torch.no_grad()).value == 1.0
+
+
+def test_perplexity_of_no_prediction_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    with pytest.raises(FitError, match="neutral text: expected a text of two tokens"):
+        text_perplexity(tiny_model("llama"), encode_texts([""], tiny_tokenizer, 8))
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:

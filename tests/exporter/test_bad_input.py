@@ -399,7 +399,7 @@ def test_failure_names_the_product_and_not_its_temporary(
 ) -> None:
     from austeer.exporter import parity
 
-    monkeypatch.setattr(parity, "FLOAT32_BOUND", 0.0)
+    monkeypatch.setattr(parity, "FLOAT32_BOUND", -1.0)  # which nothing keeps
     out = tmp_path / "out"
     result = refused(tmp_path, "merge", base, adapter, "-o", out, says=(str(out), "published"))
     assert "partial" not in result.stderr

@@ -207,13 +207,14 @@ def test_unverified_fold_says_so_and_loads_no_model(
     assert (out / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ["merge", "onnx"])
 def test_the_files_decide_whose_adapter_it_is_not_the_dtype(
-    tmp_path: Path, base: Path, adapter: Path, command: str
+    tmp_path: Path, base: Path, adapter: Path
 ) -> None:
     # Weights rounded to float16 on loading have another fingerprint.
-    arguments = (command, base, adapter, "-o", tmp_path / "out", "--dtype", "float16")
-    assert as_json(invoke(*arguments, "--json"))["verified"]
+    out, half = tmp_path / "out", ("--dtype", "float16", "--json")
+    assert as_json(invoke("merge", base, adapter, "-o", out, *half))["verified"]
+    arguments = ("verify", out, "--base", base, "--adapter", adapter, *half)
+    assert as_json(invoke(*arguments))["verified"]
 
 
 def test_product_that_fails_is_not_published(
