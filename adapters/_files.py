@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -118,13 +119,14 @@ def _filesystem_refusal(error: BaseException) -> str | None:
         errno.ENOTEMPTY: "something else was written there meanwhile; choose another place",
         errno.ENAMETOOLONG: "the name is too long; choose another",
     }
-    if isinstance(error, OSError) and error.errno in refusals:
-        return refusals[error.errno]
-    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return refusals.get(error.errno)
     # safetensors and protobuf writers report the errno only inside their message.
-    if "No space left on device" in text or "os error 28" in text:
+    text = str(error)
+    if "No space left on device" in text:
         return refusals[errno.ENOSPC]
-    return None
+    found = re.search(r"os error (\d+)", text)
+    return refusals.get(int(found[1])) if found else None
 
 
 def _sync_tree(root: Path) -> None:

@@ -163,7 +163,7 @@ def _read(model: PreTrainedModel, batch: PairBatch, sites: Sequence[Site]) -> Si
     with ExitStack() as stack:
         for site in sites:
             stack.callback(reader.hook(model, site).remove)
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         with suppress(_AllReadError):
             model.base_model(**batch.inputs(), use_cache=False)
@@ -174,8 +174,8 @@ def _read(model: PreTrainedModel, batch: PairBatch, sites: Sequence[Site]) -> Si
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside the context; each module's own mode comes back after it."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off inside the context; each module's own mode comes back after it."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

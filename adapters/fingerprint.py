@@ -15,12 +15,13 @@ import ml_dtypes
 import numpy as np
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters.architectures import Architecture
-from austeer.adapters.sites import Site
+from austeer.adapters.architectures import Architecture, architecture_of
+from austeer.adapters.sites import Component, Site
 from austeer.adapters.tensors import Checkpoint
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 ReadTensor = Callable[[str], np.ndarray[Any, np.dtype[Any]] | None]
 
@@ -49,6 +50,13 @@ def fingerprint(architecture: Architecture, sites: Iterable[Site], read: ReadTen
         if bias is not None:
             _update(digest, f"{module}.bias", bias)
     return f"sha256:{digest.hexdigest()}"
+
+
+def ends_fingerprint(model: PreTrainedModel, components: Iterable[Component]) -> str:
+    """Digest over the first and last layer: tells base models apart at little cost."""
+    last = model.config.num_hidden_layers - 1
+    sites = {Site(layer, component) for layer in (0, last) for component in components}
+    return fingerprint(architecture_of(model.config.model_type), sites, module_reader(model))
 
 
 def checkpoint_reader(architecture: Architecture, checkpoint: Checkpoint) -> ReadTensor:

@@ -14,14 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError, NoEffectError
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.capture import evaluating
 from austeer.adapters.config import Strength
 from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.measure import Share, Splits, make_splits, neutral_perplexity
-from austeer.adapters.pairs import ContrastivePair, pairs_digest
+from austeer.adapters.pairs import ContrastivePair, pairs_digest, render_pairs
 from austeer.adapters.predictor import PHI_MAX
 from austeer.adapters.search import Candidate, CandidateSearch, FitOptions, Progress
 from austeer.adapters.sites import Component
 
+_LEAST_VALIDATION = 5  # pairs below which choosing is left to chance
 _NOTABLE = 1.0  # nats of margin that count as help even where no pair changes sides
 
 
@@ -70,16 +72,11 @@ def fit_strength(
 
     Raises:
         NoEffectError: nothing within the budget helps; `.report` holds the same dictionary.
-        FitError: options out of range, or a ranking of another model.
+        FitError: options out of range, too few validation pairs, or a ranking of another model.
         PairsError: pairs that cannot be tokenized or split.
     """
-    chosen = Strength.ADAPTIVE if strength == "auto" else Strength(strength)
-    splits = make_splits(pairs, test_pairs, seed)
-    if ranking is None:
-        wanted = tuple(Component(name) for name in components or Component)
-        ranking = localize(model, tokenizer, splits.fit, wanted)
     options = FitOptions(
-        strength=chosen,
+        strength=_strength(strength),
         kl_budget=kl_budget,
         max_units=max_units,
         components=_components(components, ranking),
@@ -89,8 +86,16 @@ def fit_strength(
         batch_size=batch_size,
         steps=steps,
     )
+    pairs = render_pairs(pairs, tokenizer)
+    test_pairs = render_pairs(test_pairs, tokenizer) if test_pairs is not None else None
+    splits = make_splits(pairs, test_pairs, seed)
+    if ranking is None:
+        ranking = localize(
+            model, tokenizer, splits.fit, options.components, batch_size=batch_size
+        )
     fitter = Fitter(model, tokenizer, splits, ranking, options, progress)
-    return fitter.run(neutral_text)
+    with evaluating(model):
+        return fitter.run(neutral_text)
 
 
 class Fitter:
@@ -105,7 +110,7 @@ class Fitter:
         progress: called with (stage, done, total).
 
     Raises:
-        FitError: the ranking belongs to a model of another shape.
+        FitError: the ranking belongs to another model, or there are too few validation pairs.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class Fitter:
         self._splits, self._ranking, self._options = splits, ranking, options
         self._progress = progress or _silent
         ranking.check_model(model)
+        _check_enough(splits)
         sizes = {
             "sequences": options.neutral_sequences,
             "length": options.neutral_length,
@@ -246,16 +252,34 @@ class Fitter:
         return facts | {"validation": report["validation"], "test": report["test"]}
 
 
+def _strength(name: Strength | str) -> Strength:
+    try:
+        return Strength.ADAPTIVE if name == "auto" else Strength(name)
+    except ValueError:
+        known = ", ".join(strength.value for strength in Strength)
+        raise FitError(f"strength {name!r}: expected auto, {known}") from None
+
+
 def _components(
-    names: Sequence[Component | str] | None, ranking: Ranking
+    names: Sequence[Component | str] | None, ranking: Ranking | None
 ) -> tuple[Component, ...]:
-    known = tuple(ranking.components)
-    wanted = tuple(dict.fromkeys(Component(name) for name in names)) if names else known
-    for component in wanted:
-        if component not in known:
-            found = ", ".join(known)
-            raise FitError(f"component {component}: not in the ranking ({found}); localize it")
-    return wanted
+    known = tuple(ranking.components if ranking is not None else Component)
+    wanted = tuple(dict.fromkeys(names)) if names else known
+    for name in wanted:
+        if name not in known:
+            where = "the ranking has" if ranking is not None else "expected"
+            raise FitError(f"component {name!s}: {where} {', '.join(known)}; localize it first")
+    return tuple(Component(name) for name in wanted)
+
+
+def _check_enough(splits: Splits) -> None:
+    """Refuse to choose by so few pairs that chance would choose."""
+    found = len(splits.validation)
+    if found < _LEAST_VALIDATION:
+        raise FitError(
+            f"pairs: {found} are left for validation, at least {_LEAST_VALIDATION} are needed; "
+            f"give {5 * _LEAST_VALIDATION} pairs or more"
+        )
 
 
 def _silent(_stage: str, _done: int, _total: int) -> None:

@@ -15,6 +15,7 @@ from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import find_module
 from austeer.adapters.batches import token_limit, tokenize_pairs
 from austeer.adapters.capture import capture
+from austeer.adapters.fingerprint import ends_fingerprint
 from austeer.adapters.pairs import ContrastivePair, pairs_digest
 from austeer.adapters.ranking import Counts, Ranking, RankingInfo
 from austeer.adapters.sites import Component, Site
@@ -139,7 +140,7 @@ def localize(
         if progress is not None:
             progress(done, len(tokens))
     counts = {kind: counter.counts() for kind, counter in counters.items()}
-    return Ranking(_info(model, pairs, compat), counts)
+    return Ranking(_info(model, pairs, kinds, compat), counts)
 
 
 def _counter(model: PreTrainedModel, kind: Component, compat: str | None) -> MomentumCounter:
@@ -182,12 +183,16 @@ def _check_options(
 
 
 def _info(
-    model: PreTrainedModel, pairs: Sequence[ContrastivePair], compat: str | None
+    model: PreTrainedModel,
+    pairs: Sequence[ContrastivePair],
+    kinds: Sequence[Component],
+    compat: str | None,
 ) -> RankingInfo:
     return RankingInfo(
         model_type=model.config.model_type,
         num_layers=model.config.num_hidden_layers,
         dtype=str(model.dtype).removeprefix("torch."),
+        base_fingerprint=ends_fingerprint(model, kinds),
         pairs_digest=pairs_digest(pairs),
         count=len(pairs),
         compat=compat,

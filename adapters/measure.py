@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError
-from austeer.adapters.batches import token_limit, tokenize_pairs
+from austeer.adapters.batches import PairTokens, token_limit, tokenize_pairs
 from austeer.adapters.evaluate import (
     CONTINUATION,
     FluencyProbe,
@@ -25,7 +25,13 @@ from austeer.adapters.evaluate import (
     mean_interval,
     text_perplexity,
 )
-from austeer.adapters.neutral import TokenText, encode_prompts, encode_texts, sample_neutral
+from austeer.adapters.neutral import (
+    TokenText,
+    encode_prompts,
+    encode_texts,
+    sample_neutral,
+    start_token,
+)
 from austeer.adapters.pairs import ContrastivePair, split_pairs
 from austeer.adapters.train import Judgement
 
@@ -55,9 +61,9 @@ def make_splits(
     if test_pairs is None:
         fit, validation, test = split_pairs(pairs, (0.6, 0.2, 0.2), seed)
         return Splits(fit, validation, test)
-    known = {(pair.prompt, pair.positive, pair.negative) for pair in pairs}
+    known = {pair.content for pair in pairs}
     for pair in test_pairs:
-        if (pair.prompt, pair.positive, pair.negative) in known:
+        if pair.content in known:
             raise FitError(
                 f"{pair.where}: this test pair is also a training pair; remove it from one file"
             )
@@ -98,7 +104,24 @@ class Share:
     def pair_set(self) -> PairSet:
         """The pairs, tokenized and batched."""
         tokens = tokenize_pairs(self.pairs, self._tokenizer, token_limit(self._model))
-        return batch_pairs(self._model, tokens, self._batch_size)
+        return batch_pairs(self._model, self._started(tokens), self._batch_size)
+
+    def _started(self, tokens: Sequence[PairTokens]) -> list[PairTokens]:
+        """Give pairs that share no first token the start token to be predicted from."""
+        start, room = start_token(self._tokenizer), token_limit(self._model) - 1
+        if start is None:
+            return list(tokens)
+        return [
+            pair
+            if pair.prefix
+            else replace(
+                pair,
+                prefix=(start,),
+                positive=pair.positive[:room],
+                negative=pair.negative[:room],
+            )
+            for pair in tokens
+        ]
 
     @cached_property
     def neutral(self) -> TokenText:
@@ -128,17 +151,14 @@ class Share:
         """Margins of the unsteered model, nats."""
         return self.pair_set.margins(self._model)
 
+    def mean_margin(self, steered: Steered) -> float:
+        """Mean margin of a steered model, nats."""
+        with steered():
+            return float(self.pair_set.margins(self._model).mean())
+
     def judge(self, steered: Steered) -> Judgement:
         """Mean margin and KL of a steered model."""
-        with steered():
-            margin = float(self.pair_set.margins(self._model).mean())
-        return Judgement(margin, self.meter.mean(steered))
-
-    def margin_gain(self, steered: Steered) -> Measured:
-        """Mean margin gained over the base, pairs resampled together."""
-        with steered():
-            values = self.pair_set.margins(self._model)
-        return mean_interval(values - self.base_margins, self._seed)
+        return Judgement(self.mean_margin(steered), self.meter.mean(steered))
 
     def figures(self, steered: Steered) -> dict[str, Any]:
         """Every figure of `report.json` for this split, with `*_ci95`."""

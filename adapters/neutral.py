@@ -51,9 +51,7 @@ def sample_neutral(
         length: tokens of each at most, the first included.
         seed: of the noise; equal seeds give equal text.
     """
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.eos_token_id
+    start = start_token(tokenizer)
     if start is None:
         noise = torch.Generator().manual_seed(seed)
         first = torch.randint(model.config.vocab_size, (sequences, 1), generator=noise)
@@ -69,12 +67,18 @@ def sample_neutral(
     )
 
 
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that starts a text: the start token, else the end token, else None."""
+    start: int | None = tokenizer.bos_token_id
+    end: int | None = tokenizer.eos_token_id
+    return end if start is None else start
+
+
 def encode_prompts(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> TokenText:
     """Tokenize prompts, left-padded, the last `limit` tokens of each."""
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
+    start = start_token(tokenizer)
     encoded = [tokenizer(prompt)["input_ids"][-limit:] for prompt in prompts]
     return _padded([ids or [start or 0] for ids in encoded], left=True)
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from austeer.adapters._errors import FitError, ModelError, SiteError
 from austeer.adapters._files import publish_file
 from austeer.adapters.config import library_versions
+from austeer.adapters.fingerprint import ends_fingerprint
 from austeer.adapters.sites import Component, UnitTable
 from austeer.adapters.tensors import read_header
 
@@ -57,6 +58,8 @@ class RankingInfo:
         model_type: `model_type` of the model.
         num_layers: its decoder layers.
         dtype: dtype of its activations, in which signs were taken.
+        base_fingerprint: digest of the first and last layers' weights behind the ranking; see
+            `austeer.adapters.fingerprint`.
         pairs_digest: digest of the pairs.
         count: number of pairs, N.
         compat: `reference` if activations were rounded to float16 first, else None.
@@ -66,6 +69,7 @@ class RankingInfo:
     model_type: str
     num_layers: int
     dtype: str
+    base_fingerprint: str
     pairs_digest: str
     count: int
     compat: str | None = None
@@ -177,7 +181,7 @@ class Ranking:
         """Refuse a model that this ranking was not made from.
 
         Raises:
-            FitError: another model type or number of layers.
+            FitError: another model type, number of layers or weights.
         """
         found = (model.config.model_type, model.config.num_hidden_layers)
         made_for = (self.info.model_type, self.num_layers)
@@ -185,6 +189,12 @@ class Ranking:
             raise FitError(
                 f"ranking for a {made_for[0]} model with {made_for[1]} layers, this one is "
                 f"{found[0]} with {found[1]}; localize again"
+            )
+        digest = ends_fingerprint(model, self.components)
+        if digest != self.info.base_fingerprint:
+            raise FitError(
+                f"ranking for another base model: made for fingerprint "
+                f"{self.info.base_fingerprint}, this model has {digest}; localize again"
             )
 
     def save(self, path: str | Path) -> Path:
@@ -257,7 +267,7 @@ def _read(path: Path) -> tuple[RankingInfo, dict[str, np.ndarray[Any, np.dtype[A
 def _info(path: Path, text: str) -> RankingInfo:
     try:
         values = json.loads(text)
-        for name in ("model_type", "dtype", "pairs_digest"):
+        for name in ("model_type", "dtype", "base_fingerprint", "pairs_digest"):
             if not isinstance(values[name], str):
                 raise FitError(f"{path}: {name}: expected text, found {values[name]!r}")
         for name in ("count", "num_layers"):

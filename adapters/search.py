@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +14,12 @@ from austeer.adapters.adapter import SteeredSite
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
 from austeer.adapters.config import Strength
+from austeer.adapters.evaluate import Steered
 from austeer.adapters.localization import Ranking
 from austeer.adapters.measure import Share
 from austeer.adapters.predictor import PHI_MAX
 from austeer.adapters.sites import Component, UnitTable
-from austeer.adapters.strength import constant_sites, unit_direction
+from austeer.adapters.strength import alphas_within, constant_sites, unit_direction
 from austeer.adapters.train import Judgement, TrainableGains, TrainOptions, train_gains
 
 Progress = Callable[[str, int, int], None]
@@ -28,6 +28,7 @@ Progress = Callable[[str, int, int], None]
 _HEADROOM = 0.93  # share of the budget a choice may use, so that fresh text stays within it
 _TRAIN_SHARE = 0.88  # share of the budget that training aims at
 _PROBE_SHARE = 0.25  # share of the steps that compares candidates before one is trained
+_LOWERINGS = 12  # times that α is lowered by 5 % at most
 _START_ALPHA = 0.3  # α of the oriented gains that training starts from
 
 
@@ -145,13 +146,9 @@ class CandidateSearch:
             return max(inside, key=lambda candidate: candidate.judgement.margin)
         return min(candidates, key=lambda candidate: candidate.judgement.kl)
 
-    def steered(
-        self, sites: Sequence[SteeredSite], scale: float = 1.0
-    ) -> Callable[[], AbstractContextManager[None]]:
+    def steered(self, sites: Sequence[SteeredSite]) -> Steered:
         """The context maker that steers the model at `sites`."""
-        return lambda: steering_hooks(self._model, self._architecture, sites, scale)
-
-    # Untrained strengths
+        return lambda: steering_hooks(self._model, self._architecture, sites)
 
     def _untrained(self) -> Iterator[Candidate]:
         tables = list(self._tables(_unit_counts(self._options.max_units)))
@@ -163,44 +160,26 @@ class CandidateSearch:
     def _best_alpha(self, table: UnitTable) -> Candidate:
         """The α with the largest validation margin whose KL keeps the budget."""
         direction = unit_direction(table, self._ranking, self._options.strength)
-        tried: dict[float, Candidate] = {}
 
-        def attempt(alpha: float) -> Candidate:
+        def steered(alpha: float) -> Steered:
             sites = constant_sites(table, alpha * direction, self._options.keep_sign)
-            kl = self._validation.screen.mean(self.steered(sites))
-            margin = self._validation_margin(sites) if kl <= self._limit else -np.inf
-            found = Judgement(margin, kl)
-            tried[alpha] = Candidate(
-                table.component, len(table), alpha, sites, found, kl <= self._limit
-            )
-            return tried[alpha]
+            return self.steered(sites)
 
-        inside, outside = _grow(lambda alpha: attempt(alpha).within)
-        for _ in range(4):
-            middle = (inside * outside) ** 0.5
-            inside, outside = (middle, outside) if attempt(middle).within else (inside, middle)
-        best = self.choose(list(tried.values()))
-        return self._confirm(best, lambda alpha: attempt(alpha))
+        def margin(alpha: float) -> float:
+            return self._validation.mean_margin(steered(alpha))
 
-    def _confirm(
-        self, candidate: Candidate, attempt: Callable[[float], Candidate]
-    ) -> Candidate:
-        """Lower α until the whole validation text agrees that the budget is kept."""
-        for _ in range(12):
-            found = self._validation.judge(self.steered(candidate.sites))
-            candidate.judgement, candidate.within = found, found.kl <= self._limit
-            if candidate.within or candidate.alpha is None:
+        screen = self._validation.screen
+        alpha = max(alphas_within(lambda a: screen.mean(steered(a)) <= self._limit), key=margin)
+        found = self._validation.judge(steered(alpha))
+        for _ in range(_LOWERINGS):
+            if found.kl <= self._limit:
                 break
-            candidate = attempt(candidate.alpha * 0.95)
-        return candidate
-
-    def _validation_margin(self, sites: Sequence[SteeredSite]) -> float:
-        return float(
-            self._validation.margin_gain(self.steered(sites)).value
-            + self._validation.base_margins.mean()
-        )
-
-    # Trained strengths
+            # The screen is a quarter of the text: the whole of it may ask for a lower α.
+            alpha *= 0.95
+            found = self._validation.judge(steered(alpha))
+        sites = constant_sites(table, alpha * direction, self._options.keep_sign)
+        within = found.kl <= self._limit
+        return Candidate(table.component, len(table), alpha, sites, found, within)
 
     def _trained(self) -> Iterator[Candidate]:
         tables = list(self._tables(_probe_counts(self._options.max_units)))
@@ -293,15 +272,5 @@ def _unit_counts(max_units: int) -> list[int]:
 
 
 def _probe_counts(max_units: int) -> list[int]:
-    return [max_units]
-
-
-def _grow(within: Callable[[float], bool], start: float = 0.125) -> tuple[float, float]:
-    """Double α until the budget breaks; returns the last inside and the first outside.
-
-    α stops at 1024: beyond the paper's largest (100), a longer search finds nothing new.
-    """
-    inside, alpha = start / 8, start
-    while alpha <= 1024 and within(alpha):
-        inside, alpha = alpha, alpha * 2
-    return inside, alpha
+    """A quarter of `max_units`, and all of it."""
+    return sorted({max(1, max_units // 4), max_units})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,8 @@ from austeer.adapters.sites import UnitTable
 
 if TYPE_CHECKING:
     from austeer.adapters.localization import Ranking
+
+_LEAST_ALPHA, _LARGEST_ALPHA = 0.125, 1024.0
 
 
 def unit_direction(
@@ -44,3 +47,27 @@ def constant_sites(
         SteeredSite(site, table.unit[rows].astype(np.int64), values[rows].astype(np.float32))
         for site, rows in table.by_site().items()
     ]
+
+
+def alphas_within(within: Callable[[float], bool]) -> list[float]:
+    """Values of α inside the budget: doubled until it breaks, then bisected four times.
+
+    α ends at 1024: beyond the paper's largest (100), a longer search finds nothing new. Where
+    even the least α breaks the budget, one below it is returned all the same.
+    """
+    inside: list[float] = []
+    alpha = _LEAST_ALPHA
+    while within(alpha):
+        inside.append(alpha)
+        alpha *= 2
+        if alpha > _LARGEST_ALPHA:
+            return inside
+    low, high = (inside[-1] if inside else alpha / 8), alpha
+    for _ in range(4):
+        middle = (low * high) ** 0.5
+        if within(middle):
+            inside.append(middle)
+            low = middle
+        else:
+            high = middle
+    return inside or [low]

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from austeer.adapters._errors import FitError
 from austeer.adapters.adapter import SteeredSite
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.attach import adaptive_gain, constant_gain, rescale, transformed
@@ -76,7 +77,8 @@ class TrainableGains(nn.Module):
         self.rank = rank
         self._unit = table.unit
         self._rows: dict[Site, np.ndarray] = table.by_site()
-        self._mean, self._std = mean, np.maximum(std, 1e-6)
+        # A unit that hardly moves says nothing, and must not be blown up to say something.
+        self._mean, self._std = mean, np.maximum(std, 1e-3 * max(float(std.max()), 1e-6))
         k, sites = len(table), len(self._rows)
         noise = torch.Generator().manual_seed(seed)
         start = torch.randn(k, rank, generator=noise) / max(k, 1) ** 0.5
@@ -192,6 +194,9 @@ def train_gains(
         kl_limit: the largest judged KL that counts as within budget.
         options: see `TrainOptions`.
         progress: called with (steps done, steps in all).
+
+    Raises:
+        FitError: KL is not finite any more.
     """
     optimizer = torch.optim.Adam(gains.parameters(), lr=options.learning_rate)
     order = np.random.default_rng(options.seed)
@@ -204,6 +209,8 @@ def train_gains(
             model, architecture, gains, optimizer, pairs[next(pair_turns)],
             neutral, next(text_turns), multiplier, options.kl_target,
         )  # fmt: skip
+        if not np.isfinite(kl):
+            raise FitError(f"training: KL became {kl} at step {step}; try --dtype float32")
         if options.keep_sign:
             gains.clamp_sign()
         smooth_kl = kl if step == 1 else 0.8 * smooth_kl + 0.2 * kl
@@ -270,7 +277,10 @@ def _step(
     with gains.attached(model, architecture):
         loss = -nn.functional.logsigmoid(margins(model, batch) / _MARGIN_SCALE).mean()
         kl = neutral.batch_kl(number, base).mean()
-        torch.autograd.backward(loss + price * torch.relu(kl / target - 1.0))
+        # Named inputs: a base that nobody froze must not collect gradients of its own.
+        trained = [parameter for parameter in gains.parameters() if parameter.numel()]
+        penalty = price * torch.relu(kl / target - 1.0)
+        torch.autograd.backward(loss + penalty, inputs=trained)
     nn.utils.clip_grad_norm_(gains.parameters(), 1.0)
     optimizer.step()
     return float(kl.detach())

@@ -3,7 +3,8 @@
 Everything is judged against a float32 truth: the base in float32 with hooks. A reduced
 dtype earns an allowance on top of the float32 bound, measured and never guessed: for a fold
 see `austeer.exporter.allowance`; an ONNX graph also rounds activations, as the live model in
-that dtype does, so its allowance is twice the live model's own distance from the truth.
+that dtype does, so its allowance is twice the live model's own distance from the truth; a
+float32 graph of a reduced-precision base has none.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def verify_onnx(
         encoded, lambda ids: runner.logits(ids)[0], steered, model_logits(truth)
     )
     tolerance = float32_bound(found.peak)
-    if truth is not model:
+    if runner.half and truth is not model:
         live = steered_logits(model, adapter, scale)
         noise = max(float(np.abs(live(ids) - steered(ids)).max()) for ids in encoded)
         tolerance += SAFETY * noise

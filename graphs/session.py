@@ -55,6 +55,11 @@ class OnnxCausalLM:
         self._heads = {name: tuple(inputs[name].shape[1::2]) for name in self._past}
         self._element, self._size = _ELEMENTS[inputs[self._past[0]].type]
 
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in a 16-bit float."""
+        return bool(self._size == 2)
+
     def logits(
         self,
         input_ids: Int[np.ndarray, "B T"],

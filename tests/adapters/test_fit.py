@@ -198,7 +198,7 @@ def test_more_units_than_exist_are_refused(demo: Demo) -> None:
 
 
 def test_a_component_outside_the_ranking_is_refused(demo: Demo) -> None:
-    with pytest.raises(FitError, match=r"component neuron: not in the ranking \(ffn\)"):
+    with pytest.raises(FitError, match=r"component neuron: the ranking has ffn"):
         fit_strength(
             demo.model, demo.tokenizer, demo.splits.fit, demo.ranking, components=["neuron"]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from austeer.adapters import Component, FitError, OutputError, Ranking, SiteError
+from austeer.adapters.fingerprint import ends_fingerprint
 from austeer.adapters.ranking import Counts, RankingInfo
 
 N = 10
 INFO = RankingInfo(
-    model_type="llama", num_layers=2, dtype="float32", pairs_digest="sha256:0", count=N
+    model_type="llama",
+    num_layers=2,
+    dtype="float32",
+    base_fingerprint="sha256:1",
+    pairs_digest="sha256:0",
+    count=N,
 )
 # Unit:               0   1  2   3  4 |  5  6  7   8  9
 P = np.array([[10, 2, 5, 0, 0], [10, 0, 7, 10, 5]])
@@ -203,8 +210,16 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_check_model(tiny_model: Callable[..., Any]) -> None:
-    ranking().check_model(tiny_model("llama"))
+    made = ranking()
+    digest = ends_fingerprint(tiny_model("llama"), made.components)
+    own = Ranking(
+        replace(INFO, base_fingerprint=digest), {c: made.counts(c) for c in made.components}
+    )
+    own.check_model(tiny_model("llama"))
     with pytest.raises(FitError, match="llama model with 2 layers, this one is qwen2 with 2"):
-        ranking().check_model(tiny_model("qwen2"))
+        own.check_model(tiny_model("qwen2"))
     with pytest.raises(FitError, match="llama with 3"):
-        ranking().check_model(tiny_model("llama", num_hidden_layers=3))
+        own.check_model(tiny_model("llama", num_hidden_layers=3))
+    for other in (tiny_model("llama", seed=1), tiny_model("llama", hidden_size=64)):
+        with pytest.raises(FitError, match="ranking for another base model.*localize again"):
+            own.check_model(other)

@@ -86,7 +86,7 @@ def test_an_untrained_predictor_leaves_gamma_alone(tiny_model: Any) -> None:
 def test_training_raises_the_margin_within_the_budget(
     rank: int, tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama").requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trained = gains(rank=rank)
     base, found = run(model, tiny_tokenizer, trained, limit=0.02)

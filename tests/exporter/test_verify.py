@@ -198,6 +198,7 @@ class FakeRunner:
     adapter: SteeringAdapter | None = None
     error = 0.0
     spoilt_token: int | None = None
+    half = False
 
     def __init__(self, path: Path) -> None:
         assert path.name == "model.onnx"
@@ -271,12 +272,26 @@ def test_bfloat16_graph_is_judged_by_the_live_models_noise(
         tmp_path / "base", dtype=torch.bfloat16
     ).eval()
     runner.adapter = SteeringAdapter.from_units(runner.model, "layer", *UNITS)
+    runner.half = True
     assert runner.model.dtype == torch.bfloat16
     report = onnx_report(runner, tiny_tokenizer, tmp_path)
     report.require()
     assert report.max_logit_difference > 1e-3, "bfloat16 activations must be visible"
     # Twice the live model's own distance, and the product here is exactly the live model.
     assert report.tolerance == pytest.approx(2 * report.max_logit_difference, rel=0.2)
+
+
+def test_float32_graph_of_a_bfloat16_base_gets_no_allowance(
+    runner: Any, tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    import copy
+
+    live = tiny_model("llama").to(torch.bfloat16)
+    runner.adapter = SteeringAdapter.from_units(live, "layer", *UNITS)
+    runner.model = copy.deepcopy(live).float()
+    report = verify_onnx(tmp_path, live, tiny_tokenizer, runner.adapter, PROMPTS)
+    report.require()
+    assert report.tolerance < 1e-2, "bfloat16 noise would hide a wrong graph"
 
 
 def test_near_ties_end_the_comparison(tiny_model: Callable[..., Any]) -> None:
