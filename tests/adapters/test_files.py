@@ -161,3 +161,16 @@ def test_json_is_stable_text(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == expected
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "b.json", {"x": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(27, "file too large"), (30, "read-only"), (122, "quota")]
+)
+def test_an_errno_inside_a_librarys_message_is_found(
+    tmp_path: Path, number: int, reason: str
+) -> None:
+    with pytest.raises(OutputError, match=reason), publish_file(tmp_path / "file"):
+        raise RuntimeError(f"I/O error: refused (os error {number})")
+    with pytest.raises(RuntimeError), publish_file(tmp_path / "file"):
+        raise RuntimeError("I/O error: something else (os error 5)")
+    assert list(tmp_path.iterdir()) == []

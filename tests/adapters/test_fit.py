@@ -156,6 +156,7 @@ def test_a_budget_nothing_can_keep_is_said(demo: Demo) -> None:
         demo.fit(strength=Strength.ORIENTED, kl_budget=1e-7)
     assert caught.value.report["outcome"] == "no_effect"
     assert caught.value.report["test"]["pairs"] == len(demo.splits.test)
+    json.dumps(caught.value.report, allow_nan=False)
     assert "\n" not in str(caught.value)
 
 
@@ -190,6 +191,44 @@ def test_meaningless_pairs_have_no_effect(tiny_model: Any, tiny_tokenizer: Any) 
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(FitError, match=message):
         FitOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": "strong"}, "strength 'strong': expected auto, paper"),
+        ({"components": ["mlp"]}, "component mlp: the ranking has ffn"),
+    ],
+)
+def test_unknown_names_are_refused(demo: Demo, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FitError, match=message):
+        fit_strength(demo.model, demo.tokenizer, demo.splits.fit, demo.ranking, **options)
+
+
+def test_too_few_pairs_to_choose_by_are_refused(demo: Demo) -> None:
+    with pytest.raises(FitError, match="2 are left for validation, at least 5 are needed"):
+        fit_strength(demo.model, demo.tokenizer, demo.splits.fit[:8], demo.ranking,
+                     test_pairs=demo.splits.test)  # fmt: skip
+
+
+def test_dropout_is_off_while_fitting(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    """With dropout on, the model would differ from itself and no budget could be kept."""
+    names = ("Tom", "Mia", "the park", "the sun", "one day", "home", "it", "rain")
+    pairs = [
+        ContrastivePair(f"{name} {verb}", " happy", " sad", where=f"p:{name}{verb}")
+        for name in names
+        for verb in ("was", "felt", "went", "and")
+    ]
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
+    try:
+        _, report = fit_strength(
+            model, tiny_tokenizer, pairs, strength="oriented", components=["attention"],
+            max_units=8, kl_budget=0.05,
+        )  # fmt: skip
+    except NoEffectError as error:
+        report = error.report
+    assert report["test"]["kl"] < 0.06
+    assert model.training
 
 
 def test_more_units_than_exist_are_refused(demo: Demo) -> None:

@@ -43,6 +43,40 @@ def test_a_test_pair_among_the_pairs_is_refused() -> None:
         make_splits(PAIRS, [PAIRS[3]])
 
 
+def test_chat_pairs_with_equal_completions_are_not_the_same_pair() -> None:
+    def chat(text: str) -> ContrastivePair:
+        messages = ({"role": "user", "content": text},)
+        return ContrastivePair("", " yes", " no", messages, where=text)
+
+    splits = make_splits([chat(f"question {n}") for n in range(8)], [chat("another")])
+    assert [pair.where for pair in splits.test] == ["another"]
+
+
+def test_pairs_without_a_common_token_are_scored_from_the_start_token(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    """GPT-2's tokenizer puts no token in front: the first token decides, so it must count."""
+    import copy
+
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    assert tokenizer("happy")["input_ids"] == tiny_tokenizer("happy")["input_ids"][1:]
+    pairs = [ContrastivePair("", "happy day", "sad day", where="p:1")]
+    model = tiny_model("gpt2")
+    found = Share(
+        model, tokenizer, pairs, seed=0, sequences=4, length=6, batch_size=4
+    ).base_margins
+    expected = []
+    for text in ("happy day", "sad day"):
+        ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        expected.append(float(sum(scores[t, ids[t + 1]] for t in range(len(ids) - 1))))
+    assert found[0] == pytest.approx(expected[0] - expected[1], abs=2e-4)
+
+
 def test_figures_of_the_unsteered_model_are_the_base(
     tiny_model: Any, tiny_tokenizer: Any
 ) -> None:

@@ -221,5 +221,5 @@ def test_check_model(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(FitError, match="llama with 3"):
         own.check_model(tiny_model("llama", num_hidden_layers=3))
     for other in (tiny_model("llama", seed=1), tiny_model("llama", hidden_size=64)):
-        with pytest.raises(FitError, match="ranking for another base model.*localize again"):
+        with pytest.raises(FitError, match=r"ranking for another base model.*localize again"):
             own.check_model(other)

@@ -368,3 +368,27 @@ def test_real_run_meets_its_figures(tmp_path: Path, shared: Path) -> None:
     assert all(0.5 <= site["beta_min"] <= site["beta_max"] <= 1 for site in values["steered"])
     assert len(values["samples"]) == 4
     assert any(sample["base"] != sample["steered"] for sample in values["samples"])
+
+
+@pytest.mark.slow
+def test_run_on_the_embedded_model_steers_it(tmp_path: Path) -> None:
+    """The demo's job: it must succeed, within the budget, and load without any of our code."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    examples, out = Path(__file__).resolve().parents[2] / "examples", tmp_path / "out"
+    result = invoke(
+        "run", examples / "demo_model", examples / "pairs" / "mood_train.jsonl",
+        "--test-pairs", examples / "pairs" / "mood_test.jsonl", "--component", "ffn",
+        "--strength", "fitted", "--to", "safetensors", "-o", out, "--json",
+    )  # fmt: skip
+    test = as_json(result)["test"]
+    assert test["accuracy"] >= test["base_accuracy"] + 0.3
+    assert test["kl"] <= 0.1
+    tokenizer = AutoTokenizer.from_pretrained(out / "safetensors")
+    ids = tokenizer("Tom found a red kite near the river. He felt", return_tensors="pt")
+    texts = []
+    for folder in (examples / "demo_model", out / "safetensors"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokens = model.generate(**ids, max_new_tokens=12, do_sample=False)
+        texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    assert texts[0] != texts[1]
