@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
-from austeer.adapters import SteeringAdapter
+from austeer.adapters import SteeringAdapter, localize, read_pairs
 from austeer.exporter.cli import cli
 
 PAIRS = [
@@ -25,7 +25,7 @@ PAIRS = [
         "positive": f" {mood} happy",
         "negative": " sad so",
     }
-    for who in ("Tom", "Mia")
+    for who in ("Tom", "Mia", "it")
     for place in ("park", "home", "sun")
     for mood in ("very", "so", "and", "then")
 ]
@@ -203,6 +203,21 @@ def test_non_finite_activations(tmp_path: Path, base: Path, pairs: Path) -> None
     weights[name][:] = np.nan
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     refused(tmp_path, *run(base, pairs, tmp_path, "--component", "ffn"), says=("finite",))
+
+
+def test_too_few_pairs_to_choose_by(tmp_path: Path, base: Path) -> None:
+    few = write_rows(tmp_path / "few.jsonl", PAIRS[:12])
+    refused(tmp_path, *run(base, few, tmp_path), says=("left for validation", "at least 5"))
+
+
+def test_ranking_of_another_base(
+    tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any, base: Path, pairs: Path
+) -> None:
+    other = tiny_model("llama", seed=7)
+    made = localize(other, tiny_tokenizer, read_pairs(pairs), components=["attention"])
+    ranking = made.save(tmp_path / "other.safetensors")
+    arguments = run(base, pairs, tmp_path, "--ranking", ranking)
+    refused(tmp_path, *arguments, says=("ranking for another base model", "localize again"))
 
 
 def test_more_units_than_exist(tmp_path: Path, base: Path, pairs: Path) -> None:
