@@ -18,11 +18,12 @@ from austeer.adapters._errors import (
     SiteError,
     VerificationError,
 )
-from austeer.adapters.adapter import SteeredSite, SteeringAdapter
+from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.config import AdapterConfig, Strength
 from austeer.adapters.pairs import ContrastivePair, read_pairs, split_pairs
 from austeer.adapters.predictor import Predictor
 from austeer.adapters.sites import Component, Refusal, Site, UnitTable
+from austeer.adapters.steered_site import SteeredSite
 
 if TYPE_CHECKING:
     from austeer.adapters.fit import fit_strength

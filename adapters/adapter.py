@@ -5,87 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from austeer.adapters._errors import AdapterError, ModelError, SiteError
+from austeer.adapters._errors import AdapterError, SiteError
 from austeer.adapters._files import publish_directory
 from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.config import AdapterConfig, Strength
 from austeer.adapters.fingerprint import ReadTensor, fingerprint, module_reader
-from austeer.adapters.predictor import Predictor
 from austeer.adapters.sites import Component, Site
-from austeer.adapters.tensors import read_header
+from austeer.adapters.steered_site import SteeredSite, check_sites, read_sites, site_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREDICTOR_PARTS = ("V", "b", "U")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SteeredSite:
-    """The steered units of one site.
-
-    Attributes:
-        site: where.
-        index: unit numbers, unique; any integer dtype, held as int64.
-        gamma: γ of each unit; gain = 1 + γ; held as float32, the dtype it is saved in.
-        predictor: makes γ depend on the token, for strength `adaptive`.
-
-    Raises:
-        SiteError: duplicate, negative or fractional units, lengths that differ, non-finite γ.
-    """
-
-    site: Site
-    index: Int[np.ndarray, " k"]
-    gamma: Float[np.ndarray, " k"]
-    predictor: Predictor | None = None
-
-    def __post_init__(self) -> None:
-        if self.index.dtype.kind not in "iu":
-            raise SiteError(f"{self.site}: expected whole unit numbers, got {self.index.dtype}")
-        # As saved, so that an adapter steers the same before it is saved and after.
-        object.__setattr__(self, "index", self.index.astype(np.int64))
-        object.__setattr__(self, "gamma", self.gamma.astype(np.float32))
-        if self.index.ndim != 1 or self.index.shape != self.gamma.shape or not len(self.index):
-            raise SiteError(
-                f"{self.site}: expected as many gammas as units, at least one, "
-                f"got {self.gamma.shape} and {self.index.shape}"
-            )
-        values, counts = np.unique(self.index, return_counts=True)
-        if counts.max() > 1:
-            raise SiteError(
-                f"{self.site}: unit {values[counts.argmax()]} is given {counts.max()} times; "
-                "name each unit once"
-            )
-        if values[0] < 0:
-            raise SiteError(f"{self.site}: unit {values[0]} is negative; units count from 0")
-        if not np.isfinite(self.gamma).all():
-            raise SiteError(f"{self.site}: expected finite gammas, found NaN or infinity")
-        if self.predictor is not None and len(self.predictor.V) != len(self.index):
-            raise SiteError(
-                f"{self.site}: predictor for {len(self.predictor.V)} units, "
-                f"site has {len(self.index)}"
-            )
-
-    def check_width(self, width: int) -> None:
-        """Refuse units that the model does not have.
-
-        Raises:
-            SiteError: a unit number ≥ `width`.
-        """
-        worst = int(self.index.max())
-        if worst >= width:
-            raise SiteError(
-                f"{self.site}: unit {worst} outside width {width}; "
-                "was the adapter made for another model?"
-            )
 
 
 class SteeringAdapter:
@@ -182,7 +118,7 @@ class SteeringAdapter:
         """
         folder = _local_folder(str(name_or_path), revision)
         config = AdapterConfig.load(folder)
-        return cls(config, _read_sites(folder / WEIGHTS_NAME))
+        return cls(config, read_sites(folder / WEIGHTS_NAME))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config, weights and model card to a new directory, atomically.
@@ -218,17 +154,7 @@ class SteeringAdapter:
 
     def tensors(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
         """Tensors of `adapter_model.safetensors` by name."""
-        found: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
-        for steered in self.sites:
-            key = steered.site.key
-            found[f"{key}.index"] = steered.index
-            found[f"{key}.gamma"] = steered.gamma
-            if steered.predictor is not None:
-                for part in _PREDICTOR_PARTS:
-                    found[f"{key}.{part}"] = np.ascontiguousarray(
-                        getattr(steered.predictor, part), np.float32
-                    )
-        return found
+        return site_tensors(self.sites)
 
     @property
     def architecture(self) -> Architecture:
@@ -288,29 +214,6 @@ class SteeringAdapter:
         return SteeringAdapter(self.config, sites)
 
 
-def check_sites(
-    sites: Sequence[SteeredSite], architecture: Architecture, num_layers: int, read: ReadTensor
-) -> None:
-    """Refuse sites or units that a base model does not have.
-
-    Raises:
-        SiteError: layer or unit out of range.
-    """
-    for steered in sites:
-        site = steered.site
-        if not 0 <= site.layer < num_layers:
-            raise SiteError(
-                f"{site}: layer {site.layer} outside the model's {num_layers} layers; "
-                "was the adapter made for another model?"
-            )
-        weight = read(f"{architecture.projection(site)}.weight")
-        if weight is None:
-            raise SiteError(
-                f"{site}: {architecture.projection(site)}.weight is not in the model"
-            )
-        steered.check_width(weight.shape[architecture.width_axis(site.component)])
-
-
 def _check_consistent(config: AdapterConfig, sites: Sequence[SteeredSite]) -> None:
     kinds = tuple(sorted({s.site.component for s in sites}))
     if kinds != tuple(sorted(config.components)):
@@ -361,39 +264,3 @@ def _local_folder(name: str, revision: str | None) -> Path:
             f"{name}: no such directory, and the Hub did not give it ({type(error).__name__}); "
             "check the name and the network"
         ) from error
-
-
-def _read_sites(path: Path) -> list[SteeredSite]:
-    if not path.is_file():
-        raise AdapterError(f"{path}: missing; is {path.parent} a complete adapter directory?")
-    try:
-        tensors = {name: entry.read() for name, entry in read_header(path).items()}
-    except ModelError as error:
-        raise AdapterError(str(error)) from error
-    grouped: dict[str, dict[str, np.ndarray[Any, np.dtype[Any]]]] = {}
-    for name, tensor in tensors.items():
-        key, _, part = name.rpartition(".")
-        grouped.setdefault(key, {})[part] = tensor
-    try:
-        return [_site(key, parts) for key, parts in grouped.items()]
-    except (SiteError, AdapterError) as error:
-        raise AdapterError(f"{path}: {error}") from error
-
-
-def _site(key: str, parts: dict[str, np.ndarray[Any, np.dtype[Any]]]) -> SteeredSite:
-    site = Site.parse(key)
-    wanted = {"index": np.int64, "gamma": np.float32} | dict.fromkeys(
-        set(parts) & set(_PREDICTOR_PARTS), np.float32
-    )
-    if set(parts) != set(wanted) or len(wanted) not in (2, 5):
-        raise AdapterError(
-            f"{key}: expected tensors index and gamma, or index, gamma, V, b and U, found "
-            f"{', '.join(sorted(parts))}"
-        )
-    for part, dtype in wanted.items():
-        if parts[part].dtype != dtype:
-            raise AdapterError(
-                f"{key}.{part}: expected {np.dtype(dtype)}, found {parts[part].dtype}"
-            )
-    predictor = Predictor(parts["V"], parts["b"], parts["U"]) if "V" in parts else None
-    return SteeredSite(site, parts["index"], parts["gamma"], predictor)

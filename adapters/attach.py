@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters.adapter import SteeredSite
 from austeer.adapters.architectures import Architecture, Hookpoint
 from austeer.adapters.predictor import PHI_MAX, PHI_SHIFT
+from austeer.adapters.steered_site import SteeredSite
 
 Steer = Callable[[Tensor], Tensor]
 

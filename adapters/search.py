@@ -10,7 +10,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from austeer.adapters._errors import FitError
-from austeer.adapters.adapter import SteeredSite
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
 from austeer.adapters.config import Strength
@@ -19,6 +18,7 @@ from austeer.adapters.localization import Ranking
 from austeer.adapters.measure import Share
 from austeer.adapters.predictor import PHI_MAX
 from austeer.adapters.sites import Component, UnitTable
+from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.strength import alphas_within, constant_sites, unit_direction
 from austeer.adapters.train import Judgement, TrainableGains, TrainOptions, train_gains
 

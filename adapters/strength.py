@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from austeer.adapters.adapter import SteeredSite
 from austeer.adapters.config import Strength
 from austeer.adapters.sites import UnitTable
+from austeer.adapters.steered_site import SteeredSite
 
 if TYPE_CHECKING:
     from austeer.adapters.localization import Ranking

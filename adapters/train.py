@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from austeer.adapters._errors import FitError
-from austeer.adapters.adapter import SteeredSite
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.attach import adaptive_gain, constant_gain, rescale, transformed
 from austeer.adapters.batches import PairBatch
 from austeer.adapters.evaluate import KLMeter, margins
 from austeer.adapters.predictor import PHI_MAX, Predictor
 from austeer.adapters.sites import Site, UnitTable
+from austeer.adapters.steered_site import SteeredSite
 
 _MARGIN_SCALE = 4.0  # nats at which a pair counts as mostly won
 _START_PRICE = 1.0  # nats of loss that twice the targeted KL costs, to begin with

@@ -194,9 +194,9 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
 def show(adapter: str, base: Path | None, as_json: bool) -> None:
     """What ADAPTER steers: sites, units, gains, figures of its fit."""
     from austeer.adapters.adapter import SteeringAdapter
+    from austeer.exporter.describe import describe_adapter, fact_rows
     from austeer.exporter.markdown import FIGURE_HEADER, SITE_HEADER, figure_rows, steered_rows
     from austeer.exporter.merge import open_base
-    from austeer.exporter.steered import describe_adapter, fact_rows
 
     loaded = SteeringAdapter.from_pretrained(adapter)
     if base is not None:

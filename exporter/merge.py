@@ -17,8 +17,8 @@ from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.checkpoint import copy_checkpoint, patch_tensor, shared_names
 from austeer.exporter.fold import fold_tensor
+from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
-from austeer.exporter.structure import verify_fold_structure
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from austeer.adapters.adapter import SteeredSite, SteeringAdapter
+from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.sites import Component, Refusal, Site
+from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.tensors import TensorEntry
 
 FOLDABLE_DTYPES = ("F64", "F32", "F16", "BF16")

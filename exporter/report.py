@@ -11,8 +11,8 @@ from typing import Any
 from austeer.adapters._files import write_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.config import library_versions
+from austeer.exporter.describe import site_rows
 from austeer.exporter.markdown import report_markdown
-from austeer.exporter.steered import site_rows
 
 REPORT_JSON = "report.json"
 REPORT_MARKDOWN = "report.md"

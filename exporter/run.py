@@ -20,6 +20,7 @@ from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.measure import make_splits
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
 from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.describe import beta_ranges
 from austeer.exporter.products import (
     Progress,
     load_base,
@@ -31,7 +32,6 @@ from austeer.exporter.report import build_report, write_report
 from austeer.exporter.samples import before_and_after
 from austeer.exporter.settings import Handling, RunOptions
 from austeer.exporter.stages import load_ranking, read_texts
-from austeer.exporter.steered import beta_ranges
 
 ADAPTER = "adapter"
 RANKING = "ranking.safetensors"

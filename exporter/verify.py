@@ -21,6 +21,7 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.attach import steering_hooks
 from austeer.adapters.fingerprint import module_reader
 from austeer.exporter.allowance import SAFETY, fold_rounding, rounding_allowance
+from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
 from austeer.exporter.reference import (
     context_length,
@@ -30,7 +31,6 @@ from austeer.exporter.reference import (
     model_logits,
     steered_logits,
 )
-from austeer.exporter.structure import verify_fold_structure
 
 __all__ = ["ParityReport", "verify_checkpoint", "verify_fold_structure", "verify_onnx"]
 

@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from austeer.adapters._errors import AusteerError, GraphError
-from austeer.adapters.adapter import SteeredSite, SteeringAdapter
+from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Refusal
+from austeer.adapters.steered_site import SteeredSite
 from austeer.graphs.function import steer_functions
 from austeer.graphs.locate import NAME_SCOPES, Place, SiteLocator
 from austeer.graphs.model_io import load_model, save_model

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from austeer.adapters.adapter import SteeredSite, SteeringAdapter
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.steered_site import SteeredSite
 
 if TYPE_CHECKING:
     from austeer.adapters.localization import Ranking

@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float
 
 from austeer.adapters._errors import ModelError, VerificationError
-from austeer.adapters.adapter import SteeredSite, SteeringAdapter
+from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Component
+from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.tensors import Checkpoint, TensorEntry
 
 Array = np.ndarray[Any, Any]

@@ -13,8 +13,8 @@ import torch
 
 from austeer.adapters import SteeringAdapter, VerificationError
 from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.merge import write_folded
-from austeer.exporter.structure import verify_fold_structure
 
 ROW = "model.layers.0.mlp.down_proj.weight"
 
