@@ -130,9 +130,13 @@ def _filesystem_refusal(error: BaseException) -> str | None:
 
 
 def _sync_tree(root: Path) -> None:
+    """Sync every file, and make it readable: some libraries write for the owner only."""
+    readable = 0o666 & ~_umask()
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
-            _sync_path(Path(folder) / name)
+            path = Path(folder) / name
+            path.chmod(readable)
+            _sync_path(path)
         _sync_path(Path(folder))
 
 

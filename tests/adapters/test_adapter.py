@@ -292,3 +292,14 @@ def test_one_site_twice_is_refused(tiny_model: Callable[..., Any]) -> None:
     adapter = make(tiny_model("llama"))
     with pytest.raises(AdapterError, match="a site is given twice"):
         SteeringAdapter(adapter.config, [*adapter.sites, adapter.sites[0]])
+
+
+def test_saved_files_are_readable_by_others(
+    tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    adapter = SteeringAdapter.from_units(tiny_model("llama"), "attention", [0], [1], [0.5])
+    adapter.save_pretrained(tmp_path / "adapter")
+    plain = tmp_path / "plain"
+    plain.touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}
+    assert modes == {plain.stat().st_mode}
