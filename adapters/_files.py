@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from austeer.adapters._errors import OutputError
+from austeer.adapters._errors import AusteerError, OutputError
 
 
 def check_output_free(out: Path) -> None:
@@ -84,6 +84,28 @@ def publish_file(out: Path) -> Iterator[Path]:
             _sync_path(out.parent)
     finally:
         work.unlink(missing_ok=True)
+
+
+def read_json(path: Path, error: type[AusteerError], remedy: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        error: class of the refusals.
+        remedy: what to do about a file that is not there, ends the message.
+
+    Raises:
+        AusteerError: of class `error`: unreadable, not JSON, or not an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as failure:
+        raise error(f"{path}: cannot read it ({failure.strerror}); {remedy}") from failure
+    except ValueError as failure:
+        raise error(f"{path}: not valid JSON ({failure}); fetch the file again") from failure
+    if not isinstance(values, dict):
+        raise error(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

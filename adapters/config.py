@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from austeer.adapters._errors import AdapterError
-from austeer.adapters._files import write_json
+from austeer.adapters._files import read_json, write_json
 from austeer.adapters.sites import Component
 
 FORMAT_VERSION = 1
@@ -162,17 +161,7 @@ class AdapterConfig:
             AdapterError: missing, not JSON, or invalid.
         """
         path = folder / CONFIG_NAME
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise AdapterError(
-                f"{path}: expected an adapter's config, cannot read it ({error.strerror}); "
-                f"is {folder} an adapter directory?"
-            ) from error
-        except ValueError as error:
-            raise AdapterError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise AdapterError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        values = read_json(path, AdapterError, f"is {folder} an adapter directory?")
         return cls.from_dict(values, str(path))
 
     def save(self, folder: Path) -> None:

@@ -89,13 +89,9 @@ def fit_strength(
     pairs = render_pairs(pairs, tokenizer)
     test_pairs = render_pairs(test_pairs, tokenizer) if test_pairs is not None else None
     splits = make_splits(pairs, test_pairs, seed)
-    if ranking is None:
-        ranking = localize(
-            model, tokenizer, splits.fit, options.components, batch_size=batch_size
-        )
-    fitter = Fitter(model, tokenizer, splits, ranking, options, progress)
     with evaluating(model):
-        return fitter.run(neutral_text)
+        ranking = ranking or _localized(model, tokenizer, splits, options)
+        return Fitter(model, tokenizer, splits, ranking, options, progress).run(neutral_text)
 
 
 class Fitter:
@@ -250,6 +246,17 @@ class Fitter:
             if key not in ("seconds", "candidates")
         }
         return facts | {"validation": report["validation"], "test": report["test"]}
+
+
+def _localized(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    options: FitOptions,
+) -> Ranking:
+    """A ranking of the fit split: what chooses and what reports must not be seen by it."""
+    kinds, size = options.components, options.batch_size
+    return localize(model, tokenizer, splits.fit, kinds, batch_size=size)
 
 
 def _strength(name: Strength | str) -> Strength:

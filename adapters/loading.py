@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from austeer.adapters._errors import ModelError
+from austeer.adapters._files import read_json
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.tensors import Checkpoint
 
@@ -146,16 +146,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
 def _check_folder(folder: Path) -> None:
     """Refuse what transformers would answer with a traceback, before it loads anything."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(
-            f"{path}: cannot read it ({error.strerror}); is {folder} a whole model directory?"
-        ) from error
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    config = read_json(path, ModelError, f"is {folder} a whole model directory?")
     try:
         architecture_of(config.get("model_type")).num_layers(config)
     except ModelError as error:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from austeer.adapters._errors import AdapterError, ModelError, RouteError
-from austeer.adapters._files import publish_directory
+from austeer.adapters._files import publish_directory, read_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import checkpoint_reader
@@ -142,17 +141,7 @@ def read_model_config(base: Path) -> dict[str, Any]:
     path = base / "config.json"
     if not base.is_dir():
         raise ModelError(f"{base}: expected a model directory, found none; download it first")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(
-            f"{path}: cannot read it ({error.strerror}); download the whole model"
-        ) from error
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+    return read_json(path, ModelError, "download the whole model")
 
 
 def _refuse_quantized(base: Path) -> None:
