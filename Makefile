@@ -6,8 +6,9 @@ CODE := adapters graphs exporter tests examples benchmarks
 # One process a core with one thread each: tiny models gain nothing from more threads.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # What transformers 4.57 can change: loading, hooks, folds, and the models behind them.
-TESTS_4_57 := $(addprefix tests/adapters/test_, loading.py batches.py capture.py \
-	localization.py neutral.py evaluate.py fit.py) \
+TESTS_4_57 := $(addprefix tests/adapters/test_, loading.py batches.py capture.py packing.py \
+	localization.py momentum.py stream.py run_state.py distributed.py equal_scores.py sweep.py \
+	neutral.py evaluate.py checkpointing.py composition.py analysis.py fit.py) \
 	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/test_routes.py
 # Its random models have other weights, on which the small fits of test_fit need not succeed.
 ANY_MODEL := "not test_fit or real"
@@ -29,7 +30,7 @@ test-optimum: venv-optimum ## the tests that transformers 4.57 can change
 	OMP_NUM_THREADS=1 $(VENV)-optimum/bin/pytest $(PARALLEL) $(TESTS_4_57) -k $(ANY_MODEL)
 
 venv:
-	@.ci/venv $(VENV) cpu,dev constraints.txt
+	@.ci/venv $(VENV) cpu,dev,bench constraints.txt
 
 venv-optimum:
 	@.ci/venv $(VENV)-optimum cpu,optimum,dev constraints-optimum.txt

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from austeer.adapters._errors import (
     AdapterError,
     AusteerError,
+    DistributedError,
     FitError,
     GraphError,
     ModelError,
@@ -19,16 +20,21 @@ from austeer.adapters._errors import (
     VerificationError,
 )
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.composition import combine
 from austeer.adapters.config import AdapterConfig, Strength
+from austeer.adapters.contributions import Overlap, overlaps
 from austeer.adapters.pairs import ContrastivePair, read_pairs, split_pairs
 from austeer.adapters.predictor import Predictor
 from austeer.adapters.sites import Component, Refusal, Site, UnitTable
 from austeer.adapters.steered_site import SteeredSite
 
 if TYPE_CHECKING:
+    from austeer.adapters.analysis import UnitAnalysis, UnitEffect, analyze_units
+    from austeer.adapters.composition_budget import combine_within_budget
     from austeer.adapters.fit import fit_strength
     from austeer.adapters.loading import load_model, load_tokenizer
     from austeer.adapters.localization import Ranking, localize
+    from austeer.adapters.unembedding import TokenScore
 
 __all__ = [
     "AdapterConfig",
@@ -36,11 +42,13 @@ __all__ = [
     "AusteerError",
     "Component",
     "ContrastivePair",
+    "DistributedError",
     "FitError",
     "GraphError",
     "ModelError",
     "NoEffectError",
     "OutputError",
+    "Overlap",
     "PairsError",
     "Predictor",
     "Ranking",
@@ -51,12 +59,19 @@ __all__ = [
     "SteeredSite",
     "SteeringAdapter",
     "Strength",
+    "TokenScore",
+    "UnitAnalysis",
+    "UnitEffect",
     "UnitTable",
     "VerificationError",
+    "analyze_units",
+    "combine",
+    "combine_within_budget",
     "fit_strength",
     "load_model",
     "load_tokenizer",
     "localize",
+    "overlaps",
     "read_pairs",
     "split_pairs",
 ]
@@ -64,6 +79,11 @@ __all__ = [
 # These need torch; they load on first use, so that the CLI's help stays instant.
 _LAZY = {
     "Ranking": "austeer.adapters.localization",
+    "TokenScore": "austeer.adapters.unembedding",
+    "UnitAnalysis": "austeer.adapters.analysis",
+    "UnitEffect": "austeer.adapters.analysis",
+    "analyze_units": "austeer.adapters.analysis",
+    "combine_within_budget": "austeer.adapters.composition_budget",
     "fit_strength": "austeer.adapters.fit",
     "load_model": "austeer.adapters.loading",
     "load_tokenizer": "austeer.adapters.loading",

@@ -34,6 +34,12 @@ class FitError(AusteerError):
     """Localization or strength fitting cannot go on with this input."""
 
 
+class DistributedError(AusteerError):
+    """The processes of a distributed run cannot meet, disagree, or one of them stopped."""
+
+    exit_code = 5
+
+
 class GraphError(AusteerError):
     """An ONNX graph cannot be read, grafted or run."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -14,7 +15,12 @@ from austeer.adapters._errors import AdapterError, SiteError
 from austeer.adapters._files import publish_directory
 from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.config import AdapterConfig, Strength
-from austeer.adapters.fingerprint import ReadTensor, fingerprint, module_reader
+from austeer.adapters.fingerprint import (
+    ReadTensor,
+    fingerprint,
+    module_reader,
+    weights_stamp,
+)
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.steered_site import SteeredSite, check_sites, read_sites, site_tensors
 
@@ -41,6 +47,8 @@ class SteeringAdapter:
             sorted(sites, key=lambda steered: (steered.site.layer, steered.site.component))
         )
         _check_consistent(config, self.sites)
+        # Hashing the touched weights takes seconds on a large model: once is enough.
+        self._checked: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     @classmethod
     def from_units(
@@ -202,7 +210,11 @@ class SteeringAdapter:
                 f"adapter for a {self.config.model_type} model, this one is "
                 f"{model.config.model_type}; use the right base"
             )
-        self.check_base(module_reader(model), model.config.num_hidden_layers, force)
+        stamp = weights_stamp(self.architecture, [s.site for s in self.sites], model)
+        if stamp is None or self._checked.get(model) != stamp:
+            self.check_base(module_reader(model), model.config.num_hidden_layers, force)
+            if not force:
+                self._checked[model] = stamp
         with steering_hooks(model, self.architecture, self.sites, scale):
             yield
 

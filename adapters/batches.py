@@ -1,50 +1,36 @@
-"""Tokenized pairs and their batches: one tree-masked row a pair, or two plain rows."""
+"""Batches of tokenized pairs: one tree-masked row a pair, or two plain rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from austeer.adapters._errors import PairsError
-from austeer.adapters.pairs import ContrastivePair, render_pairs
+from austeer.adapters.tokens import (
+    MAX_TOKENS,
+    PairTokens,
+    plan_batches,
+    token_limit,
+    tokenize_pairs,
+)
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MAX_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class PairTokens:
-    """Token ids of one pair: the strings are prefix + positive and prefix + negative.
-
-    Attributes:
-        prefix: longest common prefix that leaves both branches at least one token.
-        positive: rest of `prompt + positive`.
-        negative: rest of `prompt + negative`.
-        where: `file:line` for error messages.
-    """
-
-    prefix: tuple[int, ...]
-    positive: tuple[int, ...]
-    negative: tuple[int, ...]
-    where: str = ""
-
-    @property
-    def size(self) -> int:
-        """Tokens to compute when the prefix is shared."""
-        return len(self.prefix) + len(self.positive) + len(self.negative)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longer of the two strings."""
-        return len(self.prefix) + max(len(self.positive), len(self.negative))
+__all__ = [
+    "MAX_TOKENS",
+    "Branch",
+    "PairBatch",
+    "PairTokens",
+    "index_branch",
+    "padded",
+    "plain_batch",
+    "plan_batches",
+    "token_limit",
+    "tokenize_pairs",
+    "tree_batch",
+    "tree_mask",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +55,7 @@ class Branch:
 
     def last(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "P D"]:
         """Values of `x` at the last token of each pair."""
-        return x[self.last_row, self.last_position]
+        return x[self.last_row.to(x.device), self.last_position.to(x.device)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,40 +87,6 @@ class PairBatch:
         }
 
 
-def token_limit(model: PreTrainedModel) -> int:
-    """Tokens of a string that are used: 512, or the model's context if that is shorter."""
-    config = model.config
-    context = getattr(config, "max_position_embeddings", None)
-    return min(MAX_TOKENS, context or getattr(config, "n_positions", None) or MAX_TOKENS)
-
-
-def tokenize_pairs(
-    pairs: Sequence[ContrastivePair],
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int = MAX_TOKENS,
-) -> list[PairTokens]:
-    """Tokenize `prompt + completion` as one string each, cut after `max_tokens`.
-
-    Raises:
-        PairsError: a prompt leaves no room for a completion, or both strings are one after
-            tokenization; names file and line.
-    """
-    pairs = render_pairs(pairs, tokenizer)
-    prompts = _encode(tokenizer, [pair.prompt for pair in pairs])
-    positives = _encode(tokenizer, [pair.prompt + pair.positive for pair in pairs])
-    negatives = _encode(tokenizer, [pair.prompt + pair.negative for pair in pairs])
-    for pair, prompt in zip(pairs, prompts, strict=True):
-        if len(prompt) >= max_tokens:
-            raise PairsError(
-                f"{pair.where}: the prompt alone has {len(prompt)} tokens, "
-                f"a completion must fit in {max_tokens} with it; shorten the prompt"
-            )
-    return [
-        _branched(pair.where, tuple(positive[:max_tokens]), tuple(negative[:max_tokens]))
-        for pair, positive, negative in zip(pairs, positives, negatives, strict=True)
-    ]
-
-
 def tree_batch(
     tokens: Sequence[PairTokens],
     pad_id: int = 0,
@@ -152,28 +104,17 @@ def tree_batch(
         dtype: the model's, for the additive mask.
         padding_side: `right` or `left`.
     """
-    paths = [[*pair.prefix, *pair.positive, *pair.negative] for pair in tokens]
-    positions = [
-        [
-            *range(len(pair.prefix) + len(pair.positive)),
-            *range(len(pair.prefix), len(pair.prefix) + len(pair.negative)),
-        ]
-        for pair in tokens
-    ]
-    segments = [
-        [0] * len(pair.prefix) + [1] * len(pair.positive) + [2] * len(pair.negative)
-        for pair in tokens
-    ]
+    paths = [pair.path() for pair in tokens]
     before = _left_padding(paths, padding_side)
     ends = [pad + len(pair.prefix) for pad, pair in zip(before, tokens, strict=True)]
     behind = [end + len(pair.positive) for end, pair in zip(ends, tokens, strict=True)]
     rows = range(len(tokens))
     return PairBatch(
-        _padded(paths, pad_id, before, device),
-        _tree_mask(_padded(segments, -1, before, device), dtype),
-        _padded(positions, 0, before, device),
-        _branch([pair.positive for pair in tokens], rows, ends, ends, tokens, device),
-        _branch([pair.negative for pair in tokens], rows, behind, ends, tokens, device),
+        padded(paths, pad_id, before, device),
+        tree_mask(padded([pair.segments() for pair in tokens], -1, before, device), dtype),
+        padded([pair.positions() for pair in tokens], 0, before, device),
+        index_branch([pair.positive for pair in tokens], rows, ends, ends, tokens, device),
+        index_branch([pair.negative for pair in tokens], rows, behind, ends, tokens, device),
     )
 
 
@@ -193,13 +134,13 @@ def plain_batch(
     count = len(tokens)
     first, second = range(count), range(count, 2 * count)
     return PairBatch(
-        _padded(paths, pad_id, before, device),
-        _padded([[1] * len(path) for path in paths], 0, before, device),
-        _padded([range(len(path)) for path in paths], 0, before, device),
-        _branch(
+        padded(paths, pad_id, before, device),
+        padded([[1] * len(path) for path in paths], 0, before, device),
+        padded([range(len(path)) for path in paths], 0, before, device),
+        index_branch(
             [p.positive for p in tokens], first, ends[:count], ends[:count], tokens, device
         ),
-        _branch(
+        index_branch(
             [p.negative for p in tokens], second, ends[count:], ends[count:], tokens, device
         ),
     )
@@ -210,31 +151,42 @@ def _left_padding(rows: Sequence[Sequence[int]], padding_side: str) -> list[int]
     return [length - len(row) if padding_side == "left" else 0 for row in rows]
 
 
-def _padded(
+def padded(
     rows: Sequence[Sequence[int]],
     value: int,
     before: Sequence[int],
     device: torch.device | str,
 ) -> Int[Tensor, "B L"]:
+    """Rows of unequal length as one table, each after `before` cells of `value`."""
     table = torch.full((len(rows), max(map(len, rows))), value)
     for number, (row, start) in enumerate(zip(rows, before, strict=True)):
         table[number, start : start + len(row)] = torch.tensor(row)
     return table.to(device)
 
 
-def _tree_mask(segments: Int[Tensor, "B L"], dtype: torch.dtype) -> Float[Tensor, "B 1 L L"]:
-    """0 where a token may look, the dtype's lowest value elsewhere; segment -1 is padding."""
+def tree_mask(
+    segments: Int[Tensor, "B L"],
+    dtype: torch.dtype,
+    positions: Int[Tensor, "B L"] | None = None,
+    window: int | None = None,
+) -> Float[Tensor, "B 1 L L"]:
+    """0 where a token may look, the dtype's lowest value elsewhere; segment -1 is padding.
+
+    With a sliding window a token sees itself and `window - 1` positions of its own string.
+    """
     seer, seen = segments[:, :, None], segments[:, None, :]
     length = segments.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     allowed = earlier & (seer >= 0) & ((seen == 0) | (seen == seer))
+    if positions is not None and window is not None:
+        allowed &= positions[:, :, None] - positions[:, None, :] < window
     # A padding row that saw nothing would turn its softmax, and then sums, into NaN.
     allowed |= torch.eye(length, dtype=torch.bool, device=segments.device)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def _branch(
+def index_branch(
     branches: Sequence[tuple[int, ...]],
     rows: Sequence[int],
     starts: Sequence[int],
@@ -255,20 +207,3 @@ def _branch(
     return Branch(
         torch.tensor(rows, device=device), torch.tensor(last, device=device), *columns
     )
-
-
-def _branched(where: str, positive: tuple[int, ...], negative: tuple[int, ...]) -> PairTokens:
-    if positive == negative or not positive or not negative:
-        raise PairsError(
-            f"{where}: positive and negative are the same {len(positive)} tokens once "
-            "tokenized and cut; the model cannot tell them apart"
-        )
-    both = zip(positive[:-1], negative[:-1], strict=False)
-    shared = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], both))
-    return PairTokens(positive[:shared], positive[shared:], negative[shared:], where)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the model is cut here, and needs no warning.
-    encoded: Any = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    return [list(ids) for ids in encoded]

@@ -1,32 +1,46 @@
-"""Activations of pairs at their last tokens, with the prompt of both strings computed once."""
+"""Activations of pairs at their last tokens, each distinct token computed once."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from austeer.adapters._errors import FitError, ModelError
-from austeer.adapters.architectures import architecture_of
-from austeer.adapters.attach import find_module
-from austeer.adapters.batches import PairBatch, PairTokens, plain_batch, tree_batch
-from austeer.adapters.sites import Component, Site
+from austeer.adapters.layouts import (
+    Layout,
+    can_share_prompt,
+    choose_layout,
+    lay_out,
+    make_batch,
+)
+from austeer.adapters.memory import out_of_memory, release_memory, token_budget_for, too_large
+from austeer.adapters.reading import SiteValues, evaluating, read_sites
+from austeer.adapters.sites import Site
+from austeer.adapters.tokens import PairTokens, plan_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = [
+    "Activations",
+    "Capturer",
+    "Layout",
+    "SiteValues",
+    "can_share_prompt",
+    "capture",
+    "choose_layout",
+    "evaluating",
+    "make_batch",
+    "plan_batches",
+    "token_budget_for",
+]
+
 notice = logging.getLogger("austeer")
-
-SiteValues = dict[Site, tuple[Float[Tensor, "P D"], Float[Tensor, "P D"]]]
-
-# Relative deviation between the two layouts that rounding alone explains.
-_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,151 +61,110 @@ def capture(
     tokens: Sequence[PairTokens],
     sites: Sequence[Site],
     *,
-    batch_size: int = 16,
-    share_prompt: bool = True,
+    batches: Sequence[Sequence[int]] | None = None,
+    layout: Layout = "auto",
+    token_budget: int | None = None,
     padding_side: str = "right",
 ) -> Iterator[Activations]:
-    """Yield the activations of every pair once, pairs of similar length together.
+    """Yield the activations of every pair once.
+
+    A batch that does not fit in memory is halved, and so are larger ones after it.
 
     Args:
         model: a supported causal language model; layers after the last site do not run.
         tokens: tokenized pairs.
         sites: where to read.
-        batch_size: pairs in a forward pass.
-        share_prompt: compute the prefix of a pair once, if the model allows it.
-        padding_side: `right` or `left`.
+        batches: numbers of the pairs that run together; `plan_batches` by default.
+        layout: `auto` packs all pairs of a batch into one row; where the model does not allow
+            that, it gives each pair a row (`tree`), else each string (`plain`), and says so.
+        token_budget: tokens of a planned batch; by the free memory by default.
+        padding_side: `right` or `left`, where the layout pads.
 
     Raises:
-        FitError: an activation is not finite; names site and pair.
+        FitError: an activation is not finite, naming site and pair; a pair that does not fit
+            in memory; a bad option.
         ModelError: unsupported architecture, or tokens outside the model's vocabulary.
     """
-    if batch_size < 1:
-        raise FitError(f"batch size: expected at least 1, got {batch_size}")
-    _check_vocabulary(model, tokens)
-    share = share_prompt and can_share_prompt(model, tokens)
-    order = sorted(range(len(tokens)), key=lambda number: tokens[number].size)
-    for start in range(0, len(order), batch_size):
-        numbers = tuple(order[start : start + batch_size])
-        chosen = [tokens[number] for number in numbers]
-        batch = make_batch(model, chosen, share=share, padding_side=padding_side)
-        values = _read(model, batch, sites)
-        _check_finite(values, chosen)
-        yield Activations(numbers, values)
+    source = Capturer(
+        model, sites, layout=layout, token_budget=token_budget, padding_side=padding_side
+    )
+    yield from source(tokens, batches)
 
 
-def make_batch(
-    model: PreTrainedModel,
-    tokens: Sequence[PairTokens],
-    *,
-    share: bool,
-    padding_side: str = "right",
-) -> PairBatch:
-    """Lay pairs out for `model`: one tree-masked row a pair if `share`, else two plain rows."""
-    if share:
-        return tree_batch(
-            tokens, device=model.device, dtype=model.dtype, padding_side=padding_side
-        )
-    return plain_batch(tokens, device=model.device, padding_side=padding_side)
+class Capturer:
+    """`capture` for pairs that come in several parts.
 
-
-def can_share_prompt(model: PreTrainedModel, tokens: Sequence[PairTokens]) -> bool:
-    """Whether `tree_batch` gives `model` the same activations as separate rows.
-
-    Tried on the pair with the longest prefix, as a model may ignore a mask in silence. A "no"
-    is logged with its reason.
+    Layout and budget are kept: the model is tried once, a refusal said once, and memory that
+    ran out is not asked for again. Arguments are those of `capture`.
     """
-    reason = _sharing_refusal(model, tokens)
-    if reason:
-        notice.warning("prompts are computed twice, not shared: %s", reason)
-    return reason is None
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        *,
+        layout: Layout = "auto",
+        token_budget: int | None = None,
+        padding_side: str = "right",
+    ) -> None:
+        self._model, self._sites, self._padding_side = model, sites, padding_side
+        self._layout = layout
+        self._token_budget = token_budget
+        self._limit: int | None = None
 
-def _sharing_refusal(model: PreTrainedModel, tokens: Sequence[PairTokens]) -> str | None:
-    if not tokens:
+    def __call__(
+        self, tokens: Sequence[PairTokens], batches: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[Activations]:
+        """Yield the activations of every pair of this part once."""
+        _check_vocabulary(self._model, tokens)
+        self._layout = choose_layout(self._model, tokens, self._layout)
+        if batches is None:
+            if self._token_budget is None:
+                self._token_budget = token_budget_for(self._model)
+            batches = plan_batches(tokens, self._token_budget)
+        waiting = deque(tuple(batch) for batch in batches)
+        while waiting:
+            numbers = waiting.popleft()
+            pairs = [tokens[number] for number in numbers]
+            if self._limit is not None and len(pairs) > 1 and _size(pairs) > self._limit:
+                parts = plan_batches(pairs, self._limit)
+                waiting.extendleft(tuple(numbers[n] for n in part) for part in parts[::-1])
+            elif (values := self._read(pairs)) is not None:
+                _check_finite(values, pairs)
+                yield Activations(numbers, values)
+            else:
+                waiting.appendleft(numbers)
+
+    def _read(self, pairs: Sequence[PairTokens]) -> SiteValues | None:
+        """Values of one batch; None, and half its size as the limit, where memory ran out."""
+        try:
+            batch = lay_out(self._model, pairs, self._layout, self._padding_side)
+            return read_sites(self._model, batch, self._sites)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Behind the except clause, where the failed pass's frames hold no tensor any more.
+        release_memory()
+        if len(pairs) == 1:
+            raise too_large(pairs[0].where)
+        self._limit = _size(pairs) // 2
+        notice.warning("out of memory: batches have %d tokens at most from here", self._limit)
         return None
-    attention = getattr(model.config, "_attn_implementation", None)
-    if attention not in ("sdpa", "eager"):
-        return f"attention implementation {attention!r} takes no mask of its caller"
-    window = getattr(model.config, "sliding_window", None)
-    longest = max(pair.longest for pair in tokens)
-    if window is not None and window < longest:
-        return f"a text has {longest} tokens, the sliding window {window}"
-    probe = [max(tokens, key=lambda pair: len(pair.prefix))]
-    site = Site(model.config.num_hidden_layers - 1, Component.LAYER)
-    plain = torch.stack(_read(model, make_batch(model, probe, share=False), [site])[site])
-    try:
-        tree = torch.stack(_read(model, make_batch(model, probe, share=True), [site])[site])
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        return f"the model refuses the attention mask ({type(error).__name__})"
-    deviation = float((tree - plain).float().norm() / plain.float().norm())
-    # Not finite: left to the run itself, which names the site and the pair.
-    if deviation > _ROUNDING.get(model.dtype, 1e-3):
-        return f"the model gives other activations with it (relative deviation {deviation:.1e})"
-    return None
 
 
-class _AllReadError(Exception):
-    """Stops a forward pass whose remaining layers nobody needs."""
-
-
-class _Reader:
-    """Hooks that keep the last-token activations of each site."""
-
-    def __init__(self, batch: PairBatch, sites: Sequence[Site]) -> None:
-        self.values: SiteValues = {}
-        self._batch = batch
-        self._sites = sites
-
-    def hook(self, model: PreTrainedModel, site: Site) -> torch.utils.hooks.RemovableHandle:
-        hookpoint = architecture_of(model.config.model_type).hookpoint(site)
-        module = find_module(model, hookpoint.module)
-        if hookpoint.side == "input":
-            return module.register_forward_pre_hook(lambda *call: self._keep(site, call[1]))
-        return module.register_forward_hook(lambda *call: self._keep(site, call[2]))
-
-    def _keep(self, site: Site, found: Any) -> None:
-        # Older decoder layers return (hidden, ...), newer ones the hidden states alone.
-        x = found[0] if isinstance(found, tuple) else found
-        self.values[site] = (self._batch.positive.last(x), self._batch.negative.last(x))
-        if len(self.values) == len(self._sites):
-            raise _AllReadError
-
-
-def _read(model: PreTrainedModel, batch: PairBatch, sites: Sequence[Site]) -> SiteValues:
-    """Run the decoder, without the LM head, until every site is read."""
-    reader = _Reader(batch, sites)
-    with ExitStack() as stack:
-        for site in sites:
-            stack.callback(reader.hook(model, site).remove)
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.no_grad())
-        with suppress(_AllReadError):
-            model.base_model(**batch.inputs(), use_cache=False)
-    for site in sites:
-        if site not in reader.values:
-            raise ModelError(f"{site}: its module never ran; is the Architecture row right?")
-    return reader.values
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off inside the context; each module's own mode comes back after it."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _size(pairs: Sequence[PairTokens]) -> int:
+    return sum(pair.size for pair in pairs)
 
 
 def _check_finite(values: SiteValues, tokens: Sequence[PairTokens]) -> None:
-    finite = torch.stack(
-        [torch.isfinite(torch.cat(both, 1)).all(1) for both in values.values()]
-    )
-    if finite.all():
+    first = next(iter(values.values()))[0].device
+    # Sums are much cheaper than looking at each value; one may also overflow, which is fine.
+    sums = [x.sum(dtype=torch.float32).to(first) for both in values.values() for x in both]
+    if torch.stack(sums).isfinite().all():
         return
+    finite = torch.stack(
+        [torch.isfinite(torch.cat(both, 1)).all(1).to(first) for both in values.values()]
+    )
     for site, good in zip(values, finite.tolist(), strict=True):
         for pair, fine in zip(tokens, good, strict=True):
             if not fine:
@@ -204,7 +177,7 @@ def _check_finite(values: SiteValues, tokens: Sequence[PairTokens]) -> None:
 def _check_vocabulary(model: PreTrainedModel, tokens: Sequence[PairTokens]) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     for pair in tokens:
-        largest = max(pair.prefix + pair.positive + pair.negative)
+        largest = max(pair.path())
         if largest >= size:
             raise ModelError(
                 f"{pair.where}: the tokenizer gives id {largest}, the model has {size} "

@@ -69,6 +69,25 @@ def checkpoint_reader(architecture: Architecture, checkpoint: Checkpoint) -> Rea
     return read
 
 
+def weights_stamp(
+    architecture: Architecture, sites: Iterable[Site], model: torch.nn.Module
+) -> tuple[tuple[int, int, int], ...] | None:
+    """Changes whenever the weights behind `sites` are replaced or written to; costs nothing.
+
+    None where nothing can be said: a weight is missing or not in memory.
+    """
+    found = []
+    for module in sorted({architecture.projection(site) for site in sites}):
+        try:
+            weight = model.get_parameter(f"{module}.weight")
+        except AttributeError:
+            return None
+        if weight.is_meta:
+            return None
+        found.append((id(weight), weight.data_ptr(), weight._version))
+    return tuple(found)
+
+
 def module_reader(model: torch.nn.Module) -> ReadTensor:
     """Read module tensors from a live torch model."""
 
@@ -77,7 +96,14 @@ def module_reader(model: torch.nn.Module) -> ReadTensor:
             tensor = model.get_parameter(name)
         except AttributeError:
             return None
-        return tensor.detach().float().cpu().numpy()
+        if not tensor.is_meta:
+            return tensor.detach().float().cpu().numpy()
+        # Offloaded: accelerate brings the values back for as long as the context lasts.
+        from accelerate.utils import align_module_device
+
+        module, _, own = name.rpartition(".")
+        with align_module_device(owner := model.get_submodule(module)):
+            return owner.get_parameter(own).detach().float().cpu().numpy()
 
     return read
 

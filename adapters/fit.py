@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError, NoEffectError
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import architecture_of
+from austeer.adapters.attach import steering_hooks
+from austeer.adapters.candidates import Candidate, FitOptions, Progress, best_of, silent
 from austeer.adapters.capture import evaluating
 from austeer.adapters.config import Strength
 from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.measure import Share, Splits, make_splits, neutral_perplexity
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, render_pairs
 from austeer.adapters.predictor import PHI_MAX
-from austeer.adapters.search import Candidate, CandidateSearch, FitOptions, Progress
+from austeer.adapters.search import find_candidates
 from austeer.adapters.sites import Component
 
 _LEAST_VALIDATION = 5  # pairs below which choosing is left to chance
@@ -36,6 +41,7 @@ def fit_strength(
     strength: Strength | str = "auto",
     kl_budget: float = 0.1,
     max_units: int = 64,
+    fluency_limit: float = 1.3,
     components: Sequence[Component | str] | None = None,
     test_pairs: Sequence[ContrastivePair] | None = None,
     rank: int = 1,
@@ -56,6 +62,8 @@ def fit_strength(
         strength: a `Strength`, or "auto" for `adaptive`.
         kl_budget: ceiling of the side effect, nats per token.
         max_units: largest number of steered units.
+        fluency_limit: ceiling of the perplexity, under the base, of steered continuations
+            over that of its own; trained strengths keep it, infinity lifts it.
         components: components to choose among; None for those of the ranking.
         test_pairs: pairs that only the report sees; None takes a fifth of `pairs`.
         rank: rank of the γ predictor.
@@ -79,6 +87,7 @@ def fit_strength(
         strength=_strength(strength),
         kl_budget=kl_budget,
         max_units=max_units,
+        fluency_limit=fluency_limit,
         components=_components(components, ranking),
         rank=rank,
         keep_sign=keep_sign,
@@ -120,7 +129,8 @@ class Fitter:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._splits, self._ranking, self._options = splits, ranking, options
-        self._progress = progress or _silent
+        self._progress = progress or silent
+        self._architecture = architecture_of(model.config.model_type)
         ranking.check_model(model)
         _check_enough(splits)
         sizes = {
@@ -133,9 +143,6 @@ class Fitter:
             Share(model, tokenizer, part, seed=3 * options.seed + number, **sizes)
             for number, part in enumerate((splits.fit, splits.validation, splits.test))
         )
-        self._search = CandidateSearch(
-            model, ranking, options, self._fit, self._validation, self._progress
-        )
 
     def run(
         self, neutral_text: Sequence[str] | None = None
@@ -146,8 +153,15 @@ class Fitter:
             NoEffectError: nothing within the budget helps.
         """
         started = time.monotonic()
-        candidates = self._search.candidates()
-        best = self._search.choose(candidates)
+        candidates = find_candidates(
+            self._model,
+            self._ranking,
+            self._options,
+            self._fit,
+            self._validation,
+            self._progress,
+        )
+        best = best_of(candidates)
         seconds = time.monotonic() - started
         report = self._report(best, candidates, neutral_text, seconds)
         if report["outcome"] != "steered":
@@ -164,7 +178,7 @@ class Fitter:
         neutral_text: Sequence[str] | None,
         seconds: float,
     ) -> dict[str, Any]:
-        steered = self._search.steered(best.sites)
+        steered = partial(steering_hooks, self._model, self._architecture, best.sites)
         self._progress("measure", 0, 2)
         validation = self._validation.figures(steered)
         self._progress("measure", 1, 2)
@@ -185,9 +199,11 @@ class Fitter:
     def _no_effect(self, best: Candidate, validation: dict[str, Any]) -> str | None:
         budget = f"the KL budget of {self._options.kl_budget:g} nats/token"
         if not best.within:
+            found = best.judgement
             return (
-                f"no candidate keeps {budget} (the gentlest has {best.judgement.kl:.3g}); "
-                "raise --kl-budget"
+                f"no candidate keeps {budget} and a fluency limit of "
+                f"{self._options.fluency_limit:g} (the gentlest has KL {found.kl:.3g}, fluency "
+                f"{found.fluency:.3g}); raise --kl-budget or --fluency-limit"
             )
         flips = validation["accuracy"] > validation["base_accuracy"]
         notable = flips or validation["margin_gain"] >= _NOTABLE
@@ -207,7 +223,8 @@ class Fitter:
         adaptive = self._options.strength is Strength.ADAPTIVE
         limit = -1.0 / (PHI_MAX if adaptive else 1.0)
         return {
-            "component": best.component.value,
+            "component": "+".join(best.components),
+            "components": [component.value for component in best.components],
             "k": best.k,
             "alpha": best.alpha,
             "strength": self._options.strength.value,
@@ -223,6 +240,7 @@ class Fitter:
         return {
             "kl_budget": options.kl_budget,
             "max_units": options.max_units,
+            "fluency_limit": _finite(options.fluency_limit),
             "seed": options.seed,
             "splits": {name: len(part) for name, part in parts.items()},
             "digests": {name: pairs_digest(part) for name, part in parts.items()},
@@ -255,8 +273,7 @@ def _localized(
     options: FitOptions,
 ) -> Ranking:
     """A ranking of the fit split: what chooses and what reports must not be seen by it."""
-    kinds, size = options.components, options.batch_size
-    return localize(model, tokenizer, splits.fit, kinds, batch_size=size)
+    return localize(model, tokenizer, splits.fit, options.components)
 
 
 def _strength(name: Strength | str) -> Strength:
@@ -289,5 +306,6 @@ def _check_enough(splits: Splits) -> None:
         )
 
 
-def _silent(_stage: str, _done: int, _total: int) -> None:
-    """The progress of a fit that nobody watches."""
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if np.isfinite(value) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ def load_model(
     name_or_path: str | Path,
     *,
     device: str = "cpu",
+    device_map: str | dict[str, Any] | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -43,6 +45,8 @@ def load_model(
     Args:
         name_or_path: model directory or Hub id.
         device: a torch device, such as `cpu` or `cuda:0`.
+        device_map: `auto`, or a map of modules to devices, spreads a model larger than one
+            device through accelerate; `device` must then be left at `cpu`.
         dtype: `float32`, `bfloat16`, `float16`, or None for the checkpoint's own.
         revision: Hub revision (branch, tag or commit).
         trust_remote_code: run the Python code that comes with the model.
@@ -52,6 +56,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    if device_map is not None:
+        _check_device_map(device)
     target = _device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -66,9 +72,12 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
+            device_map=device_map,
         )
         _check_complete(folder, model, info)
-        model = model.to(target).eval().requires_grad_(False)
+        model = (model if device_map else model.to(target)).eval().requires_grad_(False)
+    if model.device.type == "meta":
+        raise ModelError("device map: offloads the token embedding; keep that on a device")
     # The Hub id, not the cache folder, is what an adapter should remember as its base.
     model.name_or_path = str(name_or_path)
     return model
@@ -172,6 +181,13 @@ def _check_complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) 
         raise ModelError(
             f"{folder}: the weights lack {missing[0]}{more}; download the whole model"
         )
+
+
+def _check_device_map(device: str) -> None:
+    if device != "cpu":
+        raise ModelError(f"device {device!r} and a device map: give one of the two")
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModelError("a device map needs accelerate; run: pip install accelerate")
 
 
 def _device(name: str) -> torch.device:

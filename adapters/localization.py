@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from austeer.adapters._errors import FitError, PairsError, SiteError
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import find_module
-from austeer.adapters.batches import token_limit, tokenize_pairs
-from austeer.adapters.capture import capture
+from austeer.adapters.capture import (
+    Activations,
+    Capturer,
+    Layout,
+    choose_layout,
+    token_budget_for,
+)
+from austeer.adapters.distributed import processes
 from austeer.adapters.fingerprint import ends_fingerprint
+from austeer.adapters.momentum import LayerValues, MomentumCounter
 from austeer.adapters.pairs import ContrastivePair, pairs_digest
-from austeer.adapters.ranking import Counts, Ranking, RankingInfo
+from austeer.adapters.ranking import Ranking, RankingInfo
+from austeer.adapters.run_state import Purpose, RunState
 from austeer.adapters.sites import Component, Site
+from austeer.adapters.stream import PairStream
+from austeer.adapters.tokens import token_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,64 +36,8 @@ __all__ = ["MomentumCounter", "Ranking", "localize"]
 
 notice = logging.getLogger("austeer")
 
-NEAR_TIE = 1e-5
 # The reference implementation takes positives that hold this phrase without their prompt.
 _REFUSAL = "I'm sorry, but I can't assist"
-
-
-class MomentumCounter:
-    """Sums over pairs for every unit of one component; they merge by addition.
-
-    Args:
-        num_layers: decoder layers of the model.
-        width: units of the component in each layer.
-        device: where the sums are kept.
-        compat: `reference` rounds activations to float16 before comparing.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        width: int,
-        device: torch.device | str = "cpu",
-        compat: str | None = None,
-    ) -> None:
-        # Rows: positive, negative, near ties; and ΣΔ, Σx, Σx².
-        self._integers = torch.zeros(3, num_layers, width, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(3, num_layers, width, dtype=torch.float64, device=device)
-        self._compat = compat
-        self._seen = [0] * num_layers
-
-    @property
-    def count(self) -> int:
-        """Pairs added so far to every layer."""
-        return min(self._seen)
-
-    def update(
-        self, layer: int, positive: Float[Tensor, "P D"], negative: Float[Tensor, "P D"]
-    ) -> None:
-        """Add P pairs of one layer; signs are taken in the dtype the values come in."""
-        self._seen[layer] += len(positive)
-        wide = torch.stack((positive, negative)).double()
-        delta = wide[0] - wide[1]
-        near = delta.abs() <= NEAR_TIE * wide.abs().amax(0).clamp(min=1.0)
-        if self._compat == "reference":
-            positive, negative = positive.half(), negative.half()
-        signs = (positive > negative, positive < negative, near)
-        self._integers[:, layer] += torch.stack([hits.sum(0) for hits in signs])
-        self._sums[:, layer] += torch.stack(
-            (delta.sum(0), wide.sum((0, 1)), wide.square().sum((0, 1)))
-        )
-
-    def merge(self, other: MomentumCounter) -> None:
-        """Add the sums over other pairs."""
-        self._seen = [sum(both) for both in zip(self._seen, other._seen, strict=True)]
-        self._integers += other._integers.to(self._integers.device)
-        self._sums += other._sums.to(self._sums.device)
-
-    def counts(self) -> Counts:
-        """The sums as numpy arrays."""
-        return Counts(*self._integers.cpu().numpy(), *self._sums.cpu().numpy())
 
 
 def localize(
@@ -93,54 +46,101 @@ def localize(
     pairs: Sequence[ContrastivePair],
     components: str | Sequence[str | Component] = tuple(Component),
     *,
-    batch_size: int = 16,
+    layout: Layout = "auto",
     share_prompt: bool = True,
+    batch_size: int | None = None,
+    token_budget: int | None = None,
     padding_side: str = "right",
     compat: str | None = None,
+    state: str | Path | None = None,
+    state_every: float = 3.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Ranking:
     """Score every unit of `components` by how it tells positives from negatives.
+
+    Where torch.distributed is initialized, every process calls this with the same arguments
+    and a copy of the model: they share the pairs, and all get the whole result.
 
     Args:
         model: a supported causal language model.
         tokenizer: its tokenizer.
         pairs: contrastive pairs.
         components: names of components, all four by default.
-        batch_size: pairs in a forward pass; like the next two it does not change the result.
-        share_prompt: compute a pair's common prefix once.
+        layout: see `capture`; like the next four it does not change the result.
+        share_prompt: compute a common prefix once; False stands for layout `plain`.
+        batch_size: most pairs in a forward pass, None for as many as the tokens allow.
+        token_budget: most tokens in a forward pass, None for what free memory suggests.
         padding_side: `right` or `left`.
-        compat: `reference` rounds activations to float16 before comparing, as the reference
-            implementation does.
+        compat: `reference` rounds activations to float16 before comparing.
+        state: folder for what is needed to go on after a stop. A call that finds a state there
+            goes on, with its token budget; the folder stays, also after success.
+        state_every: seconds between two writings of the state.
         progress: called with (pairs done, all pairs) after each batch.
 
     Raises:
         PairsError: no pairs, or one that does not fit the model.
-        FitError: an activation is not finite, or a bad option.
+        FitError: an activation is not finite, a bad option, or `state` is of another run.
         SiteError: unknown component, or none.
         ModelError: unsupported architecture.
+        DistributedError: another process stopped, or has other arguments.
     """
     kinds = _components(components)
-    _check_options(pairs, padding_side, compat)
-    tokens = tokenize_pairs(pairs, tokenizer, token_limit(model))
-    counters = {kind: _counter(model, kind, compat) for kind in kinds}
-    layers = range(model.config.num_hidden_layers)
-    sites = [Site(layer, kind) for layer in layers for kind in kinds]
-    done = 0
-    for batch in capture(
-        model,
-        tokens,
-        sites,
-        batch_size=batch_size,
-        share_prompt=share_prompt,
-        padding_side=padding_side,
-    ):
-        for site, (positive, negative) in batch.values.items():
-            counters[site.component].update(site.layer, positive, negative)
-        done += len(batch.pairs)
-        if progress is not None:
-            progress(done, len(tokens))
-    counts = {kind: counter.counts() for kind, counter in counters.items()}
-    return Ranking(_info(model, pairs, kinds, compat), counts)
+    _check_options(pairs, padding_side, compat, batch_size)
+    stream = PairStream(pairs, tokenizer, token_limit(model))
+    stream.check_lengths()
+    info = _info(model, pairs, kinds, compat)
+    run = _open_run(model, stream, info, kinds, token_budget, state, state_every)
+    chosen = choose_layout(model, stream.sample, layout if share_prompt else "plain")
+    sites = [Site(layer, kind) for layer in range(info.num_layers) for kind in kinds]
+    read = Capturer(model, sites, layout=chosen, padding_side=padding_side)
+    with run.kept():
+        _count(stream, read, run, batch_size, progress)
+        return Ranking(info, run.totals())
+
+
+def _open_run(
+    model: PreTrainedModel,
+    stream: PairStream,
+    info: RankingInfo,
+    kinds: Sequence[Component],
+    token_budget: int | None,
+    state: str | Path | None,
+    every: float,
+) -> RunState:
+    """Empty counters, or those that a stopped run left."""
+    budget = token_budget_for(model) if token_budget is None else token_budget
+    counters = {kind: _counter(model, kind, info.compat) for kind in kinds}
+    purpose = Purpose(_facts(info, kinds, stream.digest()), info.count, budget)
+    return RunState(
+        counters, purpose, None if state is None else Path(state), every, processes()
+    )
+
+
+def _count(
+    stream: PairStream,
+    read: Callable[..., Iterator[Activations]],
+    run: RunState,
+    batch_size: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Count this process's share of the pairs."""
+    passed = int(run.done.sum())
+    for window in stream.windows(run.done, run.token_budget, batch_size, run.group):
+        seen = 0
+        for found in read(tokens=window.tokens, batches=window.batches):
+            run.add([window.start + number for number in found.pairs], _by_component(found))
+            seen += len(found.pairs)
+            if progress is not None:
+                # The others are about as far.
+                progress(passed + min(seen * run.group.size, window.pending), len(run.done))
+        passed += window.pending
+
+
+def _by_component(found: Activations) -> Mapping[Component, LayerValues]:
+    values: dict[Component, dict[int, tuple[Tensor, Tensor]]] = {}
+    for site, both in found.values.items():
+        values.setdefault(site.component, {})[site.layer] = both
+    return values
 
 
 def _counter(model: PreTrainedModel, kind: Component, compat: str | None) -> MomentumCounter:
@@ -162,10 +162,15 @@ def _components(names: str | Sequence[str | Component]) -> list[Component]:
 
 
 def _check_options(
-    pairs: Sequence[ContrastivePair], padding_side: str, compat: str | None
+    pairs: Sequence[ContrastivePair],
+    padding_side: str,
+    compat: str | None,
+    batch_size: int | None,
 ) -> None:
     if not pairs:
         raise PairsError("localize: expected at least one pair, got none")
+    if batch_size is not None and batch_size < 1:
+        raise FitError(f"batch size: expected at least 1, got {batch_size}")
     if padding_side not in ("left", "right"):
         raise FitError(f"padding side {padding_side!r}: expected left or right")
     if compat not in (None, "reference"):
@@ -197,3 +202,14 @@ def _info(
         count=len(pairs),
         compat=compat,
     )
+
+
+def _facts(info: RankingInfo, kinds: Sequence[Component], digest: str) -> dict[str, Any]:
+    """What makes two runs one and the same, by names fit for a message."""
+    return {
+        "pairs (or tokenizer)": digest,
+        "model": [info.model_type, info.num_layers, info.base_fingerprint],
+        "dtype": info.dtype,
+        "components": sorted(kind.value for kind in kinds),
+        "compat": info.compat,
+    }

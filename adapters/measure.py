@@ -14,17 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError
 from austeer.adapters.batches import PairTokens, token_limit, tokenize_pairs
-from austeer.adapters.evaluate import (
-    CONTINUATION,
-    FluencyProbe,
-    KLMeter,
-    Measured,
-    PairSet,
-    Steered,
-    batch_pairs,
-    mean_interval,
-    text_perplexity,
-)
+from austeer.adapters.evaluate import KLMeter, PairSet, Steered, batch_pairs
+from austeer.adapters.fluency import CONTINUATION, FluencyProbe, text_perplexity
+from austeer.adapters.intervals import Measured, grouped_interval
 from austeer.adapters.neutral import (
     TokenText,
     encode_prompts,
@@ -36,6 +28,7 @@ from austeer.adapters.pairs import ContrastivePair, split_pairs
 from austeer.adapters.train import Judgement
 
 _FLUENCY_PROMPTS = 64
+_QUICK_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +94,15 @@ class Share:
         self._sequences, self._length = sequences, length
 
     @cached_property
+    def tokens(self) -> list[PairTokens]:
+        """The pairs, tokenized."""
+        tokens = tokenize_pairs(self.pairs, self._tokenizer, token_limit(self._model))
+        return self._started(tokens)
+
+    @cached_property
     def pair_set(self) -> PairSet:
         """The pairs, tokenized and batched."""
-        tokens = tokenize_pairs(self.pairs, self._tokenizer, token_limit(self._model))
-        return batch_pairs(self._model, self._started(tokens), self._batch_size)
+        return batch_pairs(self._model, self.tokens, self._batch_size)
 
     def _started(self, tokens: Sequence[PairTokens]) -> list[PairTokens]:
         """Give pairs that share no first token the start token to be predicted from."""
@@ -156,27 +154,43 @@ class Share:
         with steered():
             return float(self.pair_set.margins(self._model).mean())
 
+    @cached_property
+    def probe(self) -> FluencyProbe:
+        """Fluency of steered continuations of the pairs' prompts."""
+        return FluencyProbe(self._model, self.prompts, seed=self._seed)
+
+    @cached_property
+    def quick_probe(self) -> FluencyProbe:
+        """Fluency from half as many continuations, for searches."""
+        return FluencyProbe(self._model, self.prompts, seed=self._seed, samples=_QUICK_SAMPLES)
+
     def judge(self, steered: Steered) -> Judgement:
-        """Mean margin and KL of a steered model."""
+        """Mean margin and KL of a steered model; fluency is left out."""
         return Judgement(self.mean_margin(steered), self.meter.mean(steered))
 
     def figures(self, steered: Steered) -> dict[str, Any]:
         """Every figure of `report.json` for this split, with `*_ci95`."""
         with steered():
             values = self.pair_set.margins(self._model)
-        probe = FluencyProbe(self._model, self._prompts(), seed=self._seed)
+        base, prompts = self.base_margins, [pair.prompt for pair in self.pairs]
+
+        def mean(found: Float[np.ndarray, " n"]) -> Measured:
+            return grouped_interval(found, prompts, self._seed)
+
         measured = {
-            "accuracy": mean_interval(values > 0, self._seed),
-            "base_accuracy": mean_interval(self.base_margins > 0, self._seed),
-            "margin": mean_interval(values, self._seed),
-            "base_margin": mean_interval(self.base_margins, self._seed),
-            "margin_gain": mean_interval(values - self.base_margins, self._seed),
+            "accuracy": mean(values > 0),
+            "base_accuracy": mean(base > 0),
+            "margin": mean(values),
+            "base_margin": mean(base),
+            "margin_gain": mean(values - base),
             "kl": self.meter.measure(steered, self._seed),
-            "fluency": probe.measure(steered),
+            "fluency": self.probe.measure(steered),
         }
         return {"pairs": len(self.pairs)} | as_report(measured)
 
-    def _prompts(self) -> TokenText:
+    @cached_property
+    def prompts(self) -> TokenText:
+        """Prompts of the pairs, for continuations."""
         chosen = self.pairs[:_FLUENCY_PROMPTS]
         room = token_limit(self._model) - CONTINUATION
         return encode_prompts([pair.prompt for pair in chosen], self._tokenizer, max(room, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from austeer.adapters.localization import Ranking
 
 _LEAST_ALPHA, _LARGEST_ALPHA = 0.125, 1024.0
+_FIRST_ALPHA, _GENTLEST_ALPHA = 0.5, 1e-4
+_AIM, _ENOUGH = 0.97, 0.93  # share of the limit that a proposal aims at, and that ends a search
+_LARGEST_STEP = 8.0
+_MOST_STEPS = 10
 
 
 def unit_direction(
@@ -71,3 +76,69 @@ def alphas_within(within: Callable[[float], bool]) -> list[float]:
         else:
             high = middle
     return inside or [low]
+
+
+class AlphaSearch:
+    """Largest α within a KL limit, as KL grows about as a power of α (2 while it is small).
+
+    Each proposal is where that power law, through what was measured, meets the limit. Where
+    even the gentlest α breaks the limit, or the largest one keeps it, the search ends there.
+
+    Args:
+        limit: nats per token.
+        first: α to begin with.
+
+    Attributes:
+        best: the largest α known to keep the limit; else the smallest that was tried.
+        kl: its KL; NaN before anything was measured.
+    """
+
+    def __init__(self, limit: float, first: float = _FIRST_ALPHA) -> None:
+        self.best, self.kl = first, math.nan
+        self._limit = limit
+        self._below: tuple[float, float] | None = None  # (α, KL) within the limit
+        self._above: tuple[float, float] | None = None
+        self._next, self._steps = first, 0
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to measure."""
+        below, above = self._below, self._above
+        if self._steps >= _MOST_STEPS or (below and below[1] >= _ENOUGH * self._limit):
+            return True
+        if below and above:
+            return above[0] < 1.02 * below[0]
+        return self.best >= _LARGEST_ALPHA or (not below and self.best <= _GENTLEST_ALPHA)
+
+    def propose(self) -> float:
+        """The α to measure next."""
+        return self._next
+
+    def tell(self, kl: float) -> None:
+        """Say what KL the proposed α has."""
+        self._steps += 1
+        if kl <= self._limit:
+            self._below = (self._next, kl)
+        else:
+            self._above = (self._next, kl)
+        found = self._below or self._above
+        assert found is not None
+        self.best, self.kl = found
+        self._next = self._following()
+
+    def _following(self) -> float:
+        below, above = self._below, self._above
+        if below and above:
+            middle = math.sqrt(below[0] * above[0])
+            usable = below[1] > 0 and math.isfinite(above[1]) and self._steps % 3
+            if not usable:
+                return middle
+            power = math.log(above[1] / below[1]) / math.log(above[0] / below[0])
+            meeting = below[0] * math.pow(_AIM * self._limit / below[1], 1 / power)
+            return min(max(meeting, 1.01 * below[0]), above[0] / 1.01)
+        alpha, kl = self.best, self.kl
+        step = math.sqrt(_AIM * self._limit / kl) if 0 < kl < math.inf else _LARGEST_STEP
+        if below:
+            return min(alpha * min(max(step, 1.1), _LARGEST_STEP), _LARGEST_ALPHA)
+        step = step if kl < math.inf else 0.0
+        return max(alpha * min(max(step, 1 / _LARGEST_STEP), 0.9), _GENTLEST_ALPHA)

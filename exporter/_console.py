@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +39,8 @@ def translated() -> Iterator[None]:
         raise
     except AusteerError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was published", 130)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted; nothing was published", 130)
     except OSError as error:
         _fail(_system_error(error), 2)
     except Exception as error:
@@ -60,6 +61,8 @@ def progress_on_terminal() -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
+    # The bars of several processes would overwrite each other.
+    shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -68,9 +71,7 @@ def progress_on_terminal() -> Iterator[Progress]:
     )
     with (
         redirect_stdout(sys.stderr),
-        Bars(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        ) as bars,
+        Bars(*columns, console=console, transient=True, disable=not shown) as bars,
     ):
         stages: dict[str, Any] = {}
 

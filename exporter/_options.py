@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from austeer.adapters.sites import Component
+from austeer.exporter.settings import BaseOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -32,13 +33,17 @@ json_option = click.option(
 base_options = together(
     click.option("--device", default="cpu", show_default=True, help="Torch device."),
     click.option(
+        "--device-map", type=click.Choice(["auto"]),
+        help="auto: spread the model over all devices, through accelerate.",
+    ),
+    click.option(
         "--dtype", type=click.Choice(DTYPES), help="Load in this dtype.  [default: the model's]"
     ),
     click.option("--revision", help="Hub revision of the model."),
     click.option(
         "--trust-remote-code", is_flag=True, help="Run code that comes with the model."
     ),
-)
+)  # fmt: skip
 localize_options = together(
     click.option(
         "--component",
@@ -48,8 +53,13 @@ localize_options = together(
         help="Place to steer; repeat for several.  [default: all that can come out]",
     ),
     click.option(
-        "--batch-size", type=click.IntRange(1), default=16, show_default=True,
-        help="Pairs or texts per forward pass.",
+        "--batch-size", type=click.IntRange(1),
+        help="Most pairs or texts per forward pass.  [default: what memory allows]",
+    ),
+    click.option(
+        "--process-timeout", type=click.FloatRange(0, min_open=True), default=30.0,
+        show_default=True,
+        help="Under torchrun: minutes to wait for a process before it counts as stopped.",
     ),
 )  # fmt: skip
 fit_options = together(
@@ -65,6 +75,11 @@ fit_options = together(
     click.option(
         "--max-units", type=click.IntRange(1), default=64, show_default=True,
         help="Ceiling of steered units.",
+    ),
+    click.option(
+        "--fluency-limit", type=float, default=1.3, show_default=True,
+        help="Ceiling of the perplexity, under the base, of steered text over its own text; "
+        "trained strengths keep it (inf: none).",
     ),
     click.option(
         "--rank", type=click.IntRange(1), default=1, show_default=True,
@@ -88,3 +103,9 @@ steering_options = together(
 no_verify_option = click.option(
     "--no-verify", is_flag=True, help="Publish without comparing with the attached model."
 )
+
+
+def chosen_base(options: Mapping[str, Any]) -> BaseOptions:
+    """The base model among the values of `base_options`."""
+    names = ("model", "device", "device_map", "dtype", "revision", "trust_remote_code")
+    return BaseOptions(**{name: options[name] for name in names})

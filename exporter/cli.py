@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -22,6 +23,7 @@ from austeer.exporter._console import (
 from austeer.exporter._options import (
     FOLDER,
     base_options,
+    chosen_base,
     fit_options,
     json_option,
     localize_options,
@@ -29,6 +31,7 @@ from austeer.exporter._options import (
     out_option,
     steering_options,
 )
+from austeer.exporter.adapter_commands import combine, show
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, RunOptions
 
@@ -50,6 +53,9 @@ def main() -> None:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if os.environ.get("RANK", "0") != "0":
+        # The first of several processes says it for all.
+        logging.getLogger("austeer").setLevel(logging.ERROR)
     cli()
 
 
@@ -92,22 +98,31 @@ def run(as_json: bool, routes: tuple[str, ...], **options: Any) -> None:
     type=click.Choice(["reference"]),
     help="reference: round activations to float16 as the paper's code does.",
 )
+@click.option("--restart", is_flag=True, help="Discard the state of a stopped run.")
 @base_options
 @json_option
 def localize(as_json: bool, **options: Any) -> None:
-    """Score every unit and write the ranking to OUT, one .safetensors file."""
+    """Score every unit and write the ranking to OUT, one .safetensors file.
+
+    After a stop of any kind the same command goes on where it was: the state is in OUT.state
+    until OUT is written. Under torchrun or accelerate launch the processes share the pairs.
+    """
     from austeer.exporter.stages import localize_job
 
     with progress_on_terminal() as progress:
         summary = localize_job(
-            _base(options),
+            chosen_base(options),
             options["pairs"],
             options["out"],
             components=options["components"],
             batch_size=options["batch_size"],
             compat=options["compat"],
+            restart=options["restart"],
+            timeout_minutes=options["process_timeout"],
             progress=progress,
         )
+    if not summary:
+        return
     if as_json:
         print_json(summary)
         return
@@ -178,7 +193,7 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
     with progress_on_terminal():
         export = verify_product(
             product,
-            _base(options),
+            chosen_base(options),
             options["adapter"],
             scale=options["scale"],
             force=options["force"],
@@ -187,27 +202,8 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
     _print_product(export.row, as_json)
 
 
-@cli.command()
-@click.argument("adapter")
-@click.option("--base", type=FOLDER, help="Base model directory: check that it is the one.")
-@json_option
-def show(adapter: str, base: Path | None, as_json: bool) -> None:
-    """What ADAPTER steers: sites, units, gains, figures of its fit."""
-    from austeer.adapters.adapter import SteeringAdapter
-    from austeer.exporter.describe import describe_adapter, fact_rows
-    from austeer.exporter.markdown import FIGURE_HEADER, SITE_HEADER, figure_rows, steered_rows
-    from austeer.exporter.merge import open_base
-
-    loaded = SteeringAdapter.from_pretrained(adapter)
-    if base is not None:
-        open_base(base, loaded)
-    values = describe_adapter(loaded) | ({"base_matches": True} if base is not None else {})
-    if as_json:
-        print_json(values)
-        return
-    print_table(adapter, ("", ""), fact_rows(values))
-    print_table("Sites", SITE_HEADER, steered_rows(values["sites"]))
-    print_table("Test split", FIGURE_HEADER, figure_rows(values["fit"].get("test") or {}))
+cli.add_command(show)
+cli.add_command(combine)
 
 
 @cli.command()
@@ -227,13 +223,8 @@ def doctor(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _base(options: dict[str, Any]) -> BaseOptions:
-    names = ("model", "device", "dtype", "revision", "trust_remote_code")
-    return BaseOptions(**{name: options[name] for name in names})
-
-
 def _run_options(options: dict[str, Any], routes: tuple[Route, ...]) -> RunOptions:
-    base = _base(options)
+    base = chosen_base(options)
     rest = {key: value for key, value in options.items() if key not in BaseOptions.__slots__}
     rest["components"] = tuple(Component(name) for name in options["components"])
     command = shlex.join(["austeer-export", *sys.argv[1:]])
@@ -247,7 +238,7 @@ def _export(route: Route, options: dict[str, Any], as_json: bool) -> None:
     from austeer.exporter.products import export_product
 
     request = ProductRequest(
-        base=_base(options),
+        base=chosen_base(options),
         adapter=options["adapter"],
         route=route,
         out=options["out"],

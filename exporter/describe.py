@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.steered_site import SteeredSite
+from austeer.exporter.markdown import Row, number
 
 if TYPE_CHECKING:
     from austeer.adapters.localization import Ranking
+    from austeer.exporter.settings import BaseOptions
+
+UNIT_HEADER = ("", "site", "unit", "γ", "mean x", "mean change", "KL", "raises", "lowers")
+_MOST_COLUMNS = 16
 
 
 def site_rows(adapter: SteeringAdapter) -> list[dict[str, Any]]:
@@ -49,6 +54,87 @@ def describe_adapter(adapter: SteeringAdapter) -> dict[str, Any]:
     }
 
 
+def describe_in_base(
+    adapter: SteeringAdapter,
+    name: str,
+    base: BaseOptions,
+    units: int,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Check the base model of an adapter, and analyze the adapter's strongest units in it.
+
+    Args:
+        adapter: the adapter.
+        name: what messages call it.
+        base: the base model.
+        units: how many units; with 0 no model is loaded.
+        progress: called with (stage, done, total).
+
+    Returns:
+        `base_matches`, and under `analysis` what `UnitAnalysis.as_dict` gives.
+
+    Raises:
+        AdapterError: not the adapter's base.
+        ModelError: the model or its tokenizer cannot be loaded.
+        SiteError: a unit or layer that the base does not have.
+    """
+    from austeer.adapters.analysis import analyze_units
+    from austeer.adapters.composition import check_fingerprint
+    from austeer.adapters.fingerprint import checkpoint_reader
+    from austeer.adapters.loading import model_directory
+    from austeer.exporter.merge import open_base
+    from austeer.exporter.products import load_base
+
+    # Here nothing can be forced: the fingerprint is checked by itself, with its own message.
+    checkpoint = open_base(model_directory(base.model, base.revision), adapter, force=True)
+    check_fingerprint(adapter, checkpoint_reader(adapter.architecture, checkpoint), name)
+    if units == 0:
+        return {"base_matches": True}
+    progress("load the model", 0, 1)
+    loaded = load_base(base)
+    progress("load the model", 1, 1)
+    found = analyze_units(
+        adapter, loaded.model, loaded.tokenizer, units=units, progress=progress
+    )
+    return {"base_matches": True, "analysis": found.as_dict()}
+
+
+def unit_rows(analysis: Mapping[str, Any]) -> list[Row]:
+    """Rows under `UNIT_HEADER`: one a unit, numbered as in `kl_table`."""
+    return [
+        (
+            str(place + 1),
+            unit["site"],
+            str(unit["unit"]),
+            *(number(unit[key]) for key in ("gamma", "mean_activation", "mean_change", "kl")),
+            _tokens(unit["promotes"]),
+            _tokens(unit["suppresses"]),
+        )
+        for place, unit in enumerate(analysis["units"])
+    ]
+
+
+def kl_table(analysis: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows of the KL between units steered alone, as far as a page is wide."""
+    matrix = [row[:_MOST_COLUMNS] for row in analysis["kl"][:_MOST_COLUMNS]]
+    header = ("", *(str(column + 1) for column in range(len(matrix))))
+    rows = [
+        (
+            str(place + 1),
+            *(
+                "·" if place == column else f"{value:.1e}".replace("e-0", "e-")
+                for column, value in enumerate(row)
+            ),
+        )
+        for place, row in enumerate(matrix)
+    ]
+    return header, rows
+
+
+def _tokens(scores: Sequence[Mapping[str, Any]]) -> str:
+    return " ".join(repr(score["text"]) for score in scores)
+
+
 def fact_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
     """The description's single facts, as rows of name and value."""
     names = (
@@ -63,6 +149,10 @@ def fact_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(name, str(values[name])) for name in names if values[name] is not None]
     if values["rank"]:
         rows.append(("predictor rank", str(values["rank"])))
+    rows += [
+        ("combines", f"{part['name']} × {number(part['weight'])}")
+        for part in values["fit"].get("combined", {}).get("adapters", [])
+    ]
     if values.get("base_matches"):
         rows.append(("base", "matches the fingerprint"))
     return rows

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from austeer.adapters._errors import ModelError
 from austeer.adapters._files import check_output_free, publish_directory
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
@@ -59,14 +60,20 @@ def load_base(options: BaseOptions) -> Base:
     """Load model and tokenizer, and find their directory.
 
     Raises:
-        ModelError: no such model, or a malformed one.
+        ModelError: no such model, a malformed one, or several processes and a device map.
     """
+    from austeer.adapters.distributed import launched_size, local_device
     from austeer.adapters.loading import load_model, load_tokenizer, model_directory
 
+    if options.device_map is not None and launched_size() > 1:
+        raise ModelError(
+            "--device-map: several processes need a copy each; use it in one process alone"
+        )
     folder = model_directory(options.model, options.revision)
     model = load_model(
         options.model,
-        device=options.device,
+        device=local_device(options.device),
+        device_map=options.device_map,
         dtype=options.dtype,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from austeer.adapters._errors import NoEffectError
 from austeer.adapters._files import publish_directory
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.distributed import launched
 from austeer.adapters.fingerprint import checkpoint_reader, fingerprint
 from austeer.adapters.fit import fit_strength
 from austeer.adapters.localization import Ranking, localize
@@ -68,7 +70,11 @@ class _Clock:
 def run_job(options: RunOptions, progress: Progress = silent) -> RunReport:
     """Localize, fit, write every product, prove each, and publish them with a report.
 
+    Processes that torchrun or accelerate started share the localization; then the first goes
+    on alone.
+
     Raises:
+        SystemExit: in all other processes, with code 0.
         NoEffectError: nothing within the budget helps; `out` then holds the report and
             neither an adapter nor a product, and the error's `report` is its content.
         AusteerError: an input is unusable or a product differs from the attached model;
@@ -81,6 +87,7 @@ def fit_job(options: RunOptions, progress: Progress = silent) -> RunReport:
     """Localize and fit; publish the adapter's files with the report beside them.
 
     Raises:
+        SystemExit: as for `run_job`.
         NoEffectError: as for `run_job`.
         AusteerError: an input is unusable; nothing is published.
     """
@@ -103,9 +110,14 @@ class _Job:
 
     def run(self, whole: bool) -> RunReport:
         options = self._options
+        with launched(timedelta(minutes=options.process_timeout)) as group:
+            ranking = self._localized()
+        if not group.is_first:
+            # The others only shared the localization.
+            raise SystemExit(0)
         try:
             with self._clock.time("fit"):
-                adapter, fit = self._fit(self._localized())
+                adapter, fit = self._fit(ranking)
         except NoEffectError as error:
             error.report = self._report(error.report)
             with publish_directory(options.out) as work:
@@ -149,13 +161,14 @@ class _Job:
             strength=options.resolved_strength,
             kl_budget=options.kl_budget,
             max_units=options.max_units,
+            fluency_limit=options.fluency_limit,
             components=options.candidates,
             test_pairs=self._test,
             rank=options.rank,
             keep_sign=options.keep_sign,
             neutral_text=self._texts,
             seed=options.seed,
-            batch_size=options.batch_size,
+            batch_size=options.batch_size or 16,
             progress=self._progress,
         )
         config = dataclasses.replace(

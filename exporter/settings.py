@@ -27,6 +27,7 @@ class BaseOptions:
     Attributes:
         model: directory or Hub id.
         device: torch device.
+        device_map: "auto" spreads the model over all devices through accelerate.
         dtype: name of a torch dtype, None for the checkpoint's own.
         revision: Hub revision.
         trust_remote_code: run code that comes with the model.
@@ -34,6 +35,7 @@ class BaseOptions:
 
     model: str
     device: str = "cpu"
+    device_map: str | None = None
     dtype: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -98,11 +100,13 @@ class RunOptions:
         strength: `auto`, `paper`, `oriented`, `fitted` or `adaptive`.
         kl_budget: ceiling of mean KL(base ‖ steered) in nats per token.
         max_units: ceiling of steered units.
+        fluency_limit: ceiling of the perplexity ratio of steered continuations.
         rank: rank of the γ predictor.
         keep_sign: never turn the sign of an activation.
         neutral_text: text file for the side effect; sampled from the base without it.
         ranking: localization of an earlier run to take up.
-        batch_size: pairs per forward pass.
+        batch_size: most pairs or texts per forward pass, None for what suits each stage.
+        process_timeout: minutes to wait for another process of a distributed localization.
         seed: of splits, samples and training.
         command: the command line, for the report.
 
@@ -119,20 +123,28 @@ class RunOptions:
     strength: str = "auto"
     kl_budget: float = 0.1
     max_units: int = 64
+    fluency_limit: float = 1.3
     rank: int = 1
     keep_sign: bool = False
     neutral_text: Path | None = None
     ranking: Path | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
+    process_timeout: float = 30.0
     seed: int = 0
     command: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_units", "rank", "batch_size"):
-            if getattr(self, name) < 1:
-                raise FitError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FitError(f"{name}: expected at least 1, got {value}")
         if not self.kl_budget > 0.0:
             raise FitError(f"kl_budget: expected a number above 0, got {self.kl_budget}")
+        if not self.fluency_limit > 1.0:
+            raise FitError(
+                f"fluency_limit: expected a ratio above 1, got {self.fluency_limit}; "
+                "inf lifts the limit"
+            )
 
     @property
     def resolved_strength(self) -> Strength:
@@ -148,7 +160,12 @@ class RunOptions:
         """Every option by name, for the report; `auto` and defaults decided."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         del values["base"], values["command"]
-        decided = {"strength": self.resolved_strength, "components": self.candidates}
+        decided: dict[str, Any] = {
+            "strength": self.resolved_strength,
+            "components": self.candidates,
+        }
+        if math.isinf(self.fluency_limit):
+            decided["fluency_limit"] = None  # JSON has no infinity
         return values | decided | dataclasses.asdict(self.base)
 
     def check(self) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +17,11 @@ import numpy as np
 
 from austeer.adapters._errors import FitError, OutputError
 from austeer.adapters._files import check_output_free
+from austeer.adapters.distributed import launched
 from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.pairs import read_pairs, render_pairs
 from austeer.adapters.sites import Component
-from austeer.exporter.products import Progress, load_base, silent
+from austeer.exporter.products import Base, Progress, load_base, silent
 from austeer.exporter.settings import BaseOptions
 
 
@@ -25,49 +31,86 @@ def localize_job(
     out: Path,
     *,
     components: Sequence[str] = (),
-    batch_size: int = 16,
+    batch_size: int | None = None,
     compat: str | None = None,
+    restart: bool = False,
+    timeout_minutes: float = 30.0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Score every unit over all pairs of a file and write the ranking.
+
+    Its state is in `<out>.state/` until then: after a stop the same call goes on from there.
+    Processes that torchrun or accelerate started share the pairs; the first of them writes.
 
     Args:
         base_options: the model.
         pairs_file: pairs file or Hub dataset.
         out: new file.
         components: components to score; empty for all four.
-        batch_size: pairs per forward pass.
+        batch_size: most pairs per forward pass, None for what memory allows.
         compat: "reference" to round as the paper's code does.
+        restart: discard the state of an earlier run.
+        timeout_minutes: how long to wait for another process before it counts as stopped.
         progress: called with (stage, done, total).
 
     Returns:
-        A summary: `path`, `pairs`, and a row for each component.
+        `path`, `pairs`, and a row for each component; empty in all processes but the first.
 
     Raises:
         AusteerError: model, pairs or output are unusable; nothing is written.
+        KeyboardInterrupt: an interrupt or SIGTERM; the state is kept.
     """
     if out.is_dir():
         raise OutputError(f"{out}: expected a file name, found a directory; choose another")
     check_output_free(out)
     pairs = read_pairs(pairs_file)
-    progress("load the model", 0, 1)
-    base = load_base(base_options)
-    progress("load the model", 1, 1)
-    ranking = localize(
-        base.model,
-        base.tokenizer,
-        render_pairs(pairs, base.tokenizer),
-        components=tuple(Component(name) for name in components) or tuple(Component),
-        batch_size=batch_size,
-        compat=compat,
-        progress=partial(progress, "localize"),
-    )
+    base = _loaded(base_options, progress)
+    state = out.with_name(f"{out.name}.state")
+    with launched(timedelta(minutes=timeout_minutes)) as group, _resumable(state):
+        if restart and group.is_first:
+            shutil.rmtree(state, ignore_errors=True)
+        ranking = localize(
+            base.model,
+            base.tokenizer,
+            render_pairs(pairs, base.tokenizer),
+            components=tuple(map(Component, components)) or tuple(Component),
+            batch_size=batch_size,
+            compat=compat,
+            state=state,
+            progress=partial(progress, "localize"),
+        )
+    if not group.is_first:
+        return {}
     ranking.save(out)
-    return {
-        "path": str(out),
-        "pairs": ranking.count,
-        "components": [component_row(ranking, component) for component in ranking.components],
-    }
+    shutil.rmtree(state, ignore_errors=True)
+    rows = [component_row(ranking, component) for component in ranking.components]
+    return {"path": str(out), "pairs": ranking.count, "components": rows}
+
+
+def _loaded(options: BaseOptions, progress: Progress) -> Base:
+    progress("load the model", 0, 1)
+    base = load_base(options)
+    progress("load the model", 1, 1)
+    return base
+
+
+@contextmanager
+def _resumable(state: Path) -> Iterator[None]:
+    """Let SIGTERM end the work as an interrupt does, and say what an interrupt leaves."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"; the same command goes on with {state}" if state.is_dir() else ""
+        raise KeyboardInterrupt(f"interrupted; nothing was published{kept}") from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def component_row(ranking: Ranking, component: Component) -> dict[str, Any]:

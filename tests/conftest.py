@@ -1,10 +1,17 @@
-"""Fixtures: tiny random models of every architecture, a tiny tokenizer, the shared folder."""
+"""Fixtures: tiny random models and their tokenizer, the shared folder, forked processes."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +153,88 @@ def exported_base(
         return models[key], path
 
     return base
+
+
+@dataclass(frozen=True)
+class Child:
+    """A forked process, which has torch imported already: that alone takes seconds.
+
+    What its work returns, arrays by name, comes back with `result`, and what it raised.
+    """
+
+    pid: int
+    path: Path
+
+    def end(self, seconds: float = 120.0) -> int:
+        """Wait for its end: its exit code, or minus the number of the signal."""
+        deadline = time.monotonic() + seconds
+        while (ended := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.01)
+        return os.waitstatus_to_exitcode(ended[1])
+
+    def result(self) -> dict[str, Any]:
+        """What it returned, after its end."""
+        import numpy as np
+
+        with np.load(self.path.with_suffix(".npz")) as found:
+            return dict(found)
+
+    def error(self) -> str:
+        """What it raised, after its end."""
+        return self.path.with_suffix(".txt").read_text()
+
+
+@pytest.fixture
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Child]:
+    """Start `work()` in a forked process, with this environment besides."""
+
+    def start(work: Callable[[], Any], environment: Mapping[str, str] | None = None) -> Child:
+        path = tmp_path_factory.mktemp("child") / "of"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            # Python 3.12 warns where there are other threads; they wait for work that
+            # a child never gives them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if not pid:
+            os.environ |= environment or {}
+            _run_and_exit(work, path)
+        return Child(pid, path)
+
+    return start
+
+
+def _run_and_exit(work: Callable[[], Any], path: Path) -> None:
+    """Whatever happens here must not run the parent's test session on."""
+    import numpy as np
+
+    try:
+        np.savez(path.with_suffix(".npz"), **(work() or {}))
+        os._exit(0)
+    except BaseException as error:
+        path.with_suffix(".txt").write_text(f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        os._exit(1)
+
+
+@pytest.fixture
+def launch(fork: Callable[..., Child]) -> Callable[..., list[Child]]:
+    """Start `work(rank)` in forked processes that can find each other as those of torchrun."""
+
+    def start(work: Callable[[int], Any], size: int = 2) -> list[Child]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [
+            fork(
+                lambda rank=rank: work(rank),
+                shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(size)
+        ]
+
+    return start

@@ -303,3 +303,27 @@ def test_saved_files_are_readable_by_others(
     plain.touch()
     modes = {path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}
     assert modes == {plain.stat().st_mode}
+
+
+def test_weights_are_hashed_once_until_they_change(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from austeer.adapters import adapter as module
+
+    model = tiny_model("llama")
+    made = SteeringAdapter.from_units(model, "attention", [0], [3], [0.5])
+    calls: list[int] = []
+    real = module.fingerprint
+    monkeypatch.setattr(module, "fingerprint", lambda *a: (calls.append(1), real(*a))[1])
+    for _ in range(3):
+        with made.attached(model):
+            pass
+    assert len(calls) == 1
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.add_(1.0)
+    with pytest.raises(AdapterError, match="another base model"), made.attached(model):
+        pass
+    with made.attached(model, force=True):
+        pass
+    with pytest.raises(AdapterError, match="another base model"), made.attached(model):
+        pass

@@ -1,24 +1,15 @@
-"""Tokenized pairs: common prefixes, limits, and the two layouts of a batch."""
+"""Batches of pairs: one tree-masked row a pair, or two plain rows."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from austeer.adapters import ContrastivePair, PairsError
-from austeer.adapters.batches import (
-    Branch,
-    PairBatch,
-    PairTokens,
-    plain_batch,
-    token_limit,
-    tokenize_pairs,
-    tree_batch,
-)
+from austeer.adapters.batches import Branch, PairBatch, plain_batch, tree_batch, tree_mask
+from austeer.adapters.tokens import PairTokens
 
 TOKENS = [
     PairTokens((1, 5, 9), (7, 8), (6,)),
@@ -29,7 +20,6 @@ LAYOUTS: dict[str, Callable[[str], PairBatch]] = {
     "tree": lambda side: tree_batch(TOKENS, padding_side=side),
     "plain": lambda side: plain_batch(TOKENS, padding_side=side),
 }
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 sides = pytest.mark.parametrize("side", ["left", "right"])
@@ -40,87 +30,6 @@ def log_probs(logits: Any, branch: Branch) -> torch.Tensor:
     chosen = logits[branch.row, branch.position].log_softmax(-1)
     scores = chosen.gather(-1, branch.target[:, None])[:, 0]
     return torch.zeros(len(branch.last_row)).index_add(0, branch.pair, scores)
-
-
-def pair(prompt: str, positive: str, negative: str) -> ContrastivePair:
-    return ContrastivePair(prompt, positive, negative, None, "f:3")
-
-
-def test_longest_common_prefix(tiny_tokenizer: Any) -> None:
-    texts = "Tom felt very happy", "Tom felt very sad and so"
-    ids = [tiny_tokenizer(text)["input_ids"] for text in texts]
-    found = tokenize_pairs(
-        [pair("Tom felt", " very happy", " very sad and so")], tiny_tokenizer
-    )
-    assert found == [PairTokens(tuple(ids[0][:4]), (ids[0][4],), tuple(ids[1][4:]), "f:3")]
-    assert found[0].size == 8 and found[0].longest == 7
-
-
-def test_both_branches_keep_a_token_when_one_text_begins_the_other(tiny_tokenizer: Any) -> None:
-    (found,) = tokenize_pairs([pair("Tom", " felt happy", " felt")], tiny_tokenizer)
-    ids = tuple(tiny_tokenizer("Tom felt happy")["input_ids"])
-    assert (found.prefix, found.positive, found.negative) == (ids[:2], ids[2:], ids[2:3])
-
-
-def test_empty_prompt(tiny_tokenizer: Any) -> None:
-    (found,) = tokenize_pairs([pair("", "happy", "sad")], tiny_tokenizer)
-    assert found.prefix == (tiny_tokenizer.bos_token_id,)
-
-
-def test_messages_are_rendered_first(tiny_tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} and{% endfor %}"
-    turns = ({"role": "user", "content": "Tom felt"},)
-    chat = ContrastivePair("", " happy", " sad", turns, "f:3")
-    assert tokenize_pairs([chat], tokenizer) == tokenize_pairs(
-        [pair("Tom felt and", " happy", " sad")], tokenizer
-    )
-
-
-def test_texts_are_cut_after_the_limit(tiny_tokenizer: Any) -> None:
-    (found,) = tokenize_pairs([pair("Tom", " felt very happy", " was sad")], tiny_tokenizer, 4)
-    whole = tuple(tiny_tokenizer("Tom felt very happy")["input_ids"])
-    assert len(whole) == 5 and found.prefix + found.positive == whole[:4]
-    assert len(found.prefix + found.negative) == 4
-
-
-@pytest.mark.parametrize(("limit", "fits"), [(5, False), (6, False), (7, True)])
-def test_prompt_alone_fills_the_limit(tiny_tokenizer: Any, limit: int, fits: bool) -> None:
-    prompt = "one day Tom went to"  # 6 tokens with bos
-    pairs = [pair("Tom", " happy", " sad"), pair(prompt, " park", " home")]
-    if fits:
-        assert len(tokenize_pairs(pairs, tiny_tokenizer, limit)) == 2
-        return
-    with pytest.raises(PairsError, match="f:3: the prompt alone has 6 tokens") as caught:
-        tokenize_pairs(pairs, tiny_tokenizer, limit)
-    assert "\n" not in str(caught.value)
-
-
-def test_same_tokens_after_the_cut_or_by_unknown_words(tiny_tokenizer: Any) -> None:
-    with pytest.raises(PairsError, match=r"f:3: .*same 3 tokens"):
-        tokenize_pairs([pair("Tom", " felt happy", " felt sad")], tiny_tokenizer, 3)
-    with pytest.raises(PairsError, match=r"f:3: .*same"):
-        tokenize_pairs([pair("Tom", " joyous", " gloomy")], tiny_tokenizer)
-
-
-def test_no_pairs(tiny_tokenizer: Any) -> None:
-    assert tokenize_pairs([], tiny_tokenizer) == []
-
-
-def test_long_texts_need_no_warning(
-    tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.model_max_length = 3
-    tokenize_pairs([pair("Tom felt very", " happy", " sad")], tokenizer)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_token_limit(tiny_model: Callable[..., Any], model_type: str) -> None:
-    name = "n_positions" if model_type == "gpt2" else "max_position_embeddings"
-    assert token_limit(tiny_model(model_type, **{name: 100})) == 100
-    assert token_limit(tiny_model(model_type, **{name: 2048})) == 512
 
 
 def paths(batch: PairBatch, branch: Branch) -> list[list[tuple[int, int]]]:
@@ -168,6 +77,22 @@ def test_tree_mask_against_ancestors_found_one_by_one(side: str) -> None:
         mask = batch.attention_mask[row, 0]
         assert torch.equal(mask == 0, wanted)
         assert (mask[~wanted] == torch.finfo(torch.float16).min).all()
+
+
+@pytest.mark.parametrize("window", [1, 3, 6])
+def test_window_counts_positions_of_a_string(window: int) -> None:
+    """Three pairs with padding; row and string differ on the negative branch."""
+    batch = tree_batch(TOKENS)
+    segments = torch.full(batch.input_ids.shape, -1)
+    for row, tokens in enumerate(TOKENS):
+        segments[row, : tokens.size] = torch.tensor(tokens.segments())
+    mask = tree_mask(segments, torch.float32, batch.position_ids, window)[:, 0] == 0
+    for row, tokens in enumerate(TOKENS):
+        positions = tokens.positions()
+        for seer in range(tokens.size):
+            before = (batch.attention_mask[row, 0, seer] == 0).nonzero()[:, 0].tolist()
+            near = [seen for seen in before if positions[seer] - positions[seen] < window]
+            assert mask[row, seer].nonzero()[:, 0].tolist() == near
 
 
 @sides

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 
 from austeer.adapters import Component, FitError, ModelError, Site
-from austeer.adapters.batches import PairTokens
-from austeer.adapters.capture import can_share_prompt, capture
+from austeer.adapters.capture import Capturer, capture
+from austeer.adapters.tokens import PairTokens
 
 TinyModel = Callable[..., Any]
 SITES = [Site(layer, component) for layer in range(2) for component in Component]
@@ -96,40 +95,42 @@ def test_every_layout_equals_each_string_alone(
         for number, tokens in enumerate(TOKENS)
         for side in ("positive", "negative")
     }
-    for share in (True, False):
+    for layout in ("auto", "packed", "tree", "plain"):
         for padding in ("left", "right"):
-            found = captured(model, batch_size=3, share_prompt=share, padding_side=padding)
+            found = captured(model, token_budget=150, layout=layout, padding_side=padding)
             assert len(found) == len(TOKENS) * len(SITES)
             for (number, site), both in found.items():
                 for side, x in zip(("positive", "negative"), both, strict=True):
                     torch.testing.assert_close(
                         x, wanted[number, side][site], **TOLERANCE[torch.float32]
                     )
-    assert not caplog.records, "sharing was refused"
+    assert not caplog.records, "packing was refused"
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_bfloat16_is_shared_and_stays_bfloat16(
+def test_bfloat16_is_packed_and_stays_bfloat16(
     tiny_model: TinyModel, model_type: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_model(model_type).to(torch.bfloat16)
-    plain = captured(model, share_prompt=False)
-    for key, both in captured(model, share_prompt=True).items():
-        for x, y in zip(both, plain[key], strict=True):
-            assert x.dtype == torch.bfloat16
-            torch.testing.assert_close(x, y, **TOLERANCE[torch.bfloat16])
+    plain = captured(model, layout="plain")
+    for layout in ("auto", "tree"):
+        for key, both in captured(model, layout=layout).items():
+            for x, y in zip(both, plain[key], strict=True):
+                assert x.dtype == torch.bfloat16
+                torch.testing.assert_close(x, y, **TOLERANCE[torch.bfloat16])
     assert not caplog.records
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("layout", ["auto", "tree"])
 def test_row_longer_than_the_context_is_shared(
-    tiny_model: TinyModel, model_type: str, caplog: pytest.LogCaptureFixture
+    tiny_model: TinyModel, model_type: str, layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Both strings fit the context of 48; their common row has 83 tokens."""
     name = "n_positions" if model_type == "gpt2" else "max_position_embeddings"
     model = tiny_model(model_type, **{name: 48})
     (tokens,) = some_tokens([(3, 45, 35)])
-    (batch,) = capture(model, [tokens], SITES)
+    (batch,) = capture(model, [tokens], SITES, layout=layout)
     for site, (positive, negative) in batch.values.items():
         for x, branch in ((positive, tokens.positive), (negative, tokens.negative)):
             wanted = alone(model, tokens.prefix + branch)[site]
@@ -137,27 +138,103 @@ def test_row_longer_than_the_context_is_shared(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_every_pair_comes_once(tiny_model: TinyModel, batch_size: int) -> None:
-    batches = list(capture(tiny_model("llama"), TOKENS, SITES[:1], batch_size=batch_size))
+@pytest.mark.parametrize("token_budget", [1, 80, 150, 1000])
+def test_every_pair_comes_once(tiny_model: TinyModel, token_budget: int) -> None:
+    batches = list(capture(tiny_model("llama"), TOKENS, SITES[:1], token_budget=token_budget))
     assert sorted(number for batch in batches for number in batch.pairs) == list(range(5))
-    assert max(len(batch.pairs) for batch in batches) == min(batch_size, 5)
+    sizes = [sum(TOKENS[number].size for number in batch.pairs) for batch in batches]
+    assert max(sizes) <= max(token_budget, max(pair.size for pair in TOKENS))
+    assert len(batches) == {1: 5, 80: 4, 150: 2, 1000: 1}[token_budget]
 
 
-def test_bad_batch_size(tiny_model: TinyModel) -> None:
-    with pytest.raises(FitError, match="got 0"):
-        list(capture(tiny_model("llama"), TOKENS, SITES, batch_size=0))
+def test_batches_of_the_caller(tiny_model: TinyModel) -> None:
+    batches = [(3, 0), (4,)]
+    found = capture(tiny_model("llama"), TOKENS, SITES[:1], batches=batches, token_budget=1)
+    assert [batch.pairs for batch in found] == batches
 
 
-def test_layers_after_the_last_site_and_the_head_do_not_run(tiny_model: TinyModel) -> None:
+def test_bad_options(tiny_model: TinyModel) -> None:
+    with pytest.raises(FitError, match=r"token budget: .* got 0"):
+        list(capture(tiny_model("llama"), TOKENS, SITES, token_budget=0))
+    with pytest.raises(FitError, match="layout 'dense': expected one of auto"):
+        list(capture(tiny_model("llama"), TOKENS, SITES, layout="dense"))  # type: ignore[arg-type]
+
+
+def starve(model: Any, tokens: int, error: Exception) -> list[int]:
+    """Make the model fail above so many tokens; the sizes it ran come into the list."""
+    ran: list[int] = []
+
+    def check(_: Any, args: Any, inputs: dict[str, Any]) -> None:
+        if (size := inputs["input_ids"].numel()) > tokens:
+            raise error
+        ran.append(size)
+
+    model.model.register_forward_pre_hook(check, with_kwargs=True)
+    return ran
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")],
+)  # fmt: skip
+def test_out_of_memory_halves_the_budget_and_loses_nothing(
+    tiny_model: TinyModel, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    tokens = some_tokens([(5 + n % 3, 1 + n % 4, 2) for n in range(40)])
+    sizes = [pair.size for pair in tokens]
+    whole = sum(sizes)
+    plenty = list(capture(model, tokens, SITES, layout="packed", token_budget=whole))
+    assert len(plenty) == 1
+    values = {number: place for place, number in enumerate(plenty[0].pairs)}
+    ran = starve(model, 110, error)
+    read = Capturer(model, SITES, layout="packed", token_budget=whole)
+    batches = list(read(tokens))
+    assert sorted(n for batch in batches for n in batch.pairs) == list(range(40))
+    assert sum(ran) == whole and max(ran) <= 110
+    for batch in batches:
+        places = [values[number] for number in batch.pairs]
+        for site, both in batch.values.items():
+            for side in range(2):
+                wanted = plenty[0].values[site][side][places]
+                torch.testing.assert_close(both[side], wanted, **TOLERANCE[torch.float32])
+    # A half, a quarter: two failures, and none in a later part.
+    assert len(caplog.records) == 2 and f"{whole // 2} tokens at most" in caplog.text
+    assert sum(len(batch.pairs) for batch in read(tokens, [range(40)])) == 40
+    assert len(caplog.records) == 2
+
+
+def test_one_pair_that_does_not_fit(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    starve(model, 65, MemoryError())
+    largest = max(TOKENS, key=lambda pair: pair.size)
+    found = []
+    with pytest.raises(FitError, match=f"{largest.where}: this pair alone does not fit"):
+        for batch in capture(model, TOKENS, SITES, layout="packed", token_budget=100):
+            found.append(batch)
+    assert not found, "the largest pair runs first"
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    starve(model, 65, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        list(capture(model, TOKENS, SITES, layout="packed"))
+
+
+@pytest.mark.parametrize("layout", ["packed", "tree", "plain"])
+def test_layers_after_the_last_site_and_the_head_do_not_run(
+    tiny_model: TinyModel, layout: Any
+) -> None:
     model = tiny_model("llama")
     ran: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    list(capture(model, TOKENS, [Site(0, Component.ATTENTION)], share_prompt=False))
+    list(capture(model, TOKENS, [Site(0, Component.ATTENTION)], layout=layout))
     assert "model.layers.0.self_attn.q_proj" in ran
     assert not any(name.startswith(("model.layers.0.mlp", "model.layers.1")) for name in ran)
-    list(capture(model, TOKENS, [Site(1, Component.LAYER)]))
+    list(capture(model, TOKENS, [Site(1, Component.LAYER)], layout=layout))
     assert "lm_head" not in ran and "model.norm" not in ran
 
 
@@ -186,7 +263,7 @@ def test_hooks_are_gone_after_an_exception(tiny_model: TinyModel) -> None:
     model = tiny_model("llama")
     broken = model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(capture(model, TOKENS, SITES, share_prompt=False))
+        list(capture(model, TOKENS, SITES, layout="plain"))
     broken.remove()
     assert hooks(model) == 0
 
@@ -197,83 +274,33 @@ def poison(model: Any, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("layout", ["auto", "tree", "plain"])
 def test_not_finite_names_site_and_pair(
-    tiny_model: TinyModel, value: float, share: bool, caplog: pytest.LogCaptureFixture
+    tiny_model: TinyModel, value: float, layout: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_model("llama")
     poison(model, value)
     tokens = [PairTokens((1, 5), (6,), (7,), "f:1"), PairTokens((1, 5), (6,), (37,), "f:2")]
     with pytest.raises(FitError, match=r"layers\.0\.attention: .*not finite.* f:2") as caught:
-        list(capture(model, tokens, SITES, share_prompt=share))
+        list(capture(model, tokens, SITES, layout=layout))
     assert "\n" not in str(caught.value)
     assert not caplog.records
+
+
+def test_large_but_finite_is_no_error(tiny_model: TinyModel) -> None:
+    """Values of 1e38 overflow any sum over them."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e18)
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e37)
+    (found,) = capture(model, TOKENS, SITES)
+    assert found.values[Site(1, Component.FFN)][0].abs().max() > 1e37
 
 
 def test_ids_outside_the_vocabulary(tiny_model: TinyModel) -> None:
     tokens = [PairTokens((1, 5), (6,), (40,), "f:9")]
     with pytest.raises(ModelError, match=r"f:9: .*id 40.* 40 embeddings"):
         list(capture(tiny_model("llama"), tokens, SITES))
-
-
-@pytest.mark.parametrize("model_type", ["mistral", "phi3", "gemma2", "qwen2"])
-def test_sliding_window_shorter_than_a_text_is_not_shared(
-    tiny_model: TinyModel, model_type: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    extra = (
-        {"use_sliding_window": True, "max_window_layers": 0} if model_type == "qwen2" else {}
-    )
-    model = tiny_model(model_type, sliding_window=16, **extra)
-    with caplog.at_level(logging.WARNING, "austeer"):
-        found = captured(model, batch_size=2, share_prompt=True)
-    assert "sliding window 16" in caplog.text
-    for number, tokens in enumerate(TOKENS):
-        wanted = alone(model, tokens.prefix + tokens.positive)
-        for site in SITES:
-            torch.testing.assert_close(
-                found[number, site][0], wanted[site], **TOLERANCE[torch.float32]
-            )
-
-
-def test_sliding_window_that_holds_every_text_is_shared(tiny_model: TinyModel) -> None:
-    longest = max(len(t.prefix) + max(len(t.positive), len(t.negative)) for t in TOKENS)
-    assert can_share_prompt(tiny_model("mistral", sliding_window=longest), TOKENS)
-    assert not can_share_prompt(tiny_model("mistral", sliding_window=longest - 1), TOKENS)
-
-
-def test_model_that_ignores_the_mask_is_not_shared(
-    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tiny_model("llama")
-    forward = model.model.forward
-
-    def careless(attention_mask: torch.Tensor, **inputs: Any) -> Any:
-        return forward(
-            attention_mask=None if attention_mask.ndim == 4 else attention_mask, **inputs
-        )
-
-    monkeypatch.setattr(model.model, "forward", careless)
-    assert not can_share_prompt(model, TOKENS)
-    assert "other activations" in caplog.text
-
-
-def test_model_that_refuses_the_mask_is_not_shared(
-    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tiny_model("llama")
-    forward = model.model.forward
-
-    def strict(attention_mask: torch.Tensor, **inputs: Any) -> Any:
-        if attention_mask.ndim != 2:
-            raise ValueError("2-D masks only")
-        return forward(attention_mask=attention_mask, **inputs)
-
-    monkeypatch.setattr(model.model, "forward", strict)
-    assert not can_share_prompt(model, TOKENS)
-    assert "refuses the attention mask" in caplog.text
-    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
-    assert not can_share_prompt(model, TOKENS)
-    assert "flash_attention_2" in caplog.text
 
 
 def test_unsupported_architecture() -> None:

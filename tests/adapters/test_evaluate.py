@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,19 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from austeer.adapters._errors import FitError
 from austeer.adapters.batches import tokenize_pairs
-from austeer.adapters.evaluate import (
-    FluencyProbe,
-    KLMeter,
-    batch_pairs,
-    bootstrap,
-    continuation_surprise,
-    mean_interval,
-    ratio_interval,
-    text_perplexity,
-)
-from austeer.adapters.neutral import encode_prompts, encode_texts, sample_neutral
+from austeer.adapters.evaluate import KLMeter, batch_pairs
+from austeer.adapters.neutral import encode_texts, sample_neutral
 from austeer.adapters.pairs import ContrastivePair
 
 ALL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
@@ -118,78 +107,3 @@ def test_kl_without_kept_base_side_is_the_same(
     again = KLMeter(model, text, 2).mean(lambda: doubled_first_unit(model))
     assert kept == pytest.approx(again, rel=1e-6)
     assert kept > 1e-4
-
-
-def test_continuation_surprise_and_text_perplexity(
-    tiny_model: Any, tiny_tokenizer: Any
-) -> None:
-    model = tiny_model("qwen2")
-    prompt = encode_prompts(["one day", "Tom felt very"], tiny_tokenizer, 64)
-    sample = encode_texts(["happy and so", "sad then it"], tiny_tokenizer, 64)
-    found = continuation_surprise(model, prompt, sample)
-    for row in range(2):
-        head = prompt.input_ids[row][prompt.valid[row]].tolist()
-        tail = sample.input_ids[row][sample.valid[row]].tolist()
-        expected = log_prob(model, head) - log_prob(model, head + tail)
-        assert found[row] == pytest.approx(expected, abs=2e-4)
-    texts = ["one day Tom felt", "Mia"]
-    ids = [tiny_tokenizer(text)["input_ids"] for text in texts]
-    total = -sum(log_prob(model, row) for row in ids)
-    expected = math.exp(total / sum(len(row) - 1 for row in ids))
-    encoded = encode_texts(texts, tiny_tokenizer, 64)
-    assert text_perplexity(model, encoded) == pytest.approx(expected, rel=1e-4)
-
-
-def test_fluency_of_the_base_is_one_and_of_noise_is_not(
-    tiny_model: Any, tiny_tokenizer: Any
-) -> None:
-    model = tiny_model("llama")
-    prompts = encode_prompts([pair.prompt for pair in PAIRS], tiny_tokenizer, 32)
-    probe = FluencyProbe(model, prompts, steps=12)
-    same = probe.measure(lambda: torch.no_grad())
-    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
-
-    @contextmanager
-    def noisy():
-        handle = model.lm_head.register_forward_hook(lambda *args: -args[-1])
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    assert probe.measure(noisy).value > 1.2
-
-
-def test_fluency_stays_within_the_models_context(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    """GPT-2 has no position beyond its context, and fails at one."""
-    model = tiny_model("gpt2", n_positions=16)
-    prompts = encode_prompts([pair.prompt for pair in PAIRS], tiny_tokenizer, 10)
-    probe = FluencyProbe(model, prompts, steps=32)
-    assert probe.measure(lambda: torch.no_grad()).value == 1.0
-
-
-def test_perplexity_of_no_prediction_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    with pytest.raises(FitError, match="neutral text: expected a text of two tokens"):
-        text_perplexity(tiny_model("llama"), encode_texts([""], tiny_tokenizer, 8))
-
-
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        found = mean_interval(generator.normal(1.0, 2.0, size=50), seed=trial)
-        hits += found.low <= 1.0 <= found.high
-    assert 180 <= hits <= 199
-
-
-def test_ratio_interval_is_the_ratio_of_sums() -> None:
-    found = ratio_interval(np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 2.0]))
-    assert found.value == pytest.approx(1.0)
-    assert found.low < 1.0 < found.high
-
-
-def test_bootstrap_is_deterministic() -> None:
-    rows = np.random.default_rng(1).normal(size=(20, 1))
-    first, second = (bootstrap(rows, lambda m: m[..., 0], seed=3) for _ in range(2))
-    assert first == second
-    assert first != bootstrap(rows, lambda m: m[..., 0], seed=4)

@@ -23,9 +23,9 @@ from austeer.adapters import (
     localize,
     read_pairs,
 )
+from austeer.adapters.candidates import FitOptions
 from austeer.adapters.fit import Fitter
 from austeer.adapters.measure import Splits, make_splits
-from austeer.adapters.search import FitOptions
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {"neutral_sequences": 24, "neutral_length": 48, "steps": 30, "max_units": 32}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import pickle
@@ -13,7 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from austeer.adapters import ModelError, load_model, load_tokenizer
+from austeer.adapters import (
+    ContrastivePair,
+    ModelError,
+    SteeringAdapter,
+    load_model,
+    load_tokenizer,
+    localize,
+)
 from austeer.adapters.loading import model_directory
 
 SaveModel = Callable[..., Path]
@@ -289,6 +297,61 @@ def test_interrupted_load_restores_logging(
     with pytest.raises(KeyboardInterrupt):
         load_model(saved_model())
     assert their_logging.get_verbosity() == before != logging.CRITICAL
+
+
+# Two layers of a tiny model of which the second, and what is behind it, stays on disk.
+OFFLOADED = {
+    "llama": {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu",
+              "model.layers.1": "disk", "model.norm": "disk", "lm_head": "disk"},
+    "gpt2": {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h.0": "cpu",
+             "transformer.h.1": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", list(OFFLOADED))
+@pytest.mark.parametrize("layout", ["packed", "tree", "plain"])
+def test_an_offloaded_model_scores_as_a_whole_one(
+    saved_model: SaveModel, tiny_tokenizer: Any, model_type: str, layout: Any
+) -> None:
+    pytest.importorskip("accelerate")
+    folder = saved_model(model_type, tie_word_embeddings=False)
+    pairs = [ContrastivePair(f"Tom {verb} so", " happy", " sad !") for verb in ("was", "felt")]
+    found = []
+    for device_map in (None, {"": "cpu"}, OFFLOADED[model_type]):
+        model = load_model(folder, device_map=device_map)
+        assert any(p.is_meta for p in model.parameters()) == (device_map in OFFLOADED.values())
+        ranking = localize(model, tiny_tokenizer, pairs, layout=layout)
+        found.append((ranking, model))
+    whole, *others = found
+    for ranking, model in others:
+        assert ranking.info == whole[0].info, "the fingerprint reads offloaded weights"
+        for name in ranking.components:
+            mine, theirs = ranking.counts(name), whole[0].counts(name)
+            for part in mine.__slots__:
+                assert getattr(mine, part).tobytes() == getattr(theirs, part).tobytes()
+        ids = torch.tensor([[1, 5, 9, 7]])
+        with steered(whole[1]), torch.no_grad():
+            wanted = whole[1](ids).logits
+        with steered(model), torch.no_grad():
+            assert torch.equal(model(ids).logits, wanted)
+
+
+def steered(model: Any) -> Any:
+    units = {"layers": [0, 1], "units": [3, 5], "gamma": [1.0, -0.5]}
+    return SteeringAdapter.from_units(model, "neuron", **units).attached(model)
+
+
+def test_unusable_device_maps(saved_model: SaveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved_model()
+    assert "give one of the two" in refusal(
+        load_model, folder, device="meta:0", device_map="auto"
+    )
+    if importlib.util.find_spec("accelerate"):
+        said = refusal(load_model, folder, device_map={"": "disk"})
+        assert "offloads the token embedding" in said
+        assert "transformers cannot load" in refusal(load_model, folder, device_map="sideways")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install accelerate" in refusal(load_model, folder, device_map="auto")
 
 
 @pytest.mark.shared

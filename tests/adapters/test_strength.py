@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from austeer.adapters import Component, Site, Strength, UnitTable
-from austeer.adapters.strength import alphas_within, constant_sites, unit_direction
+from austeer.adapters.strength import (
+    AlphaSearch,
+    alphas_within,
+    constant_sites,
+    unit_direction,
+)
 
 TABLE = UnitTable(
     Component.FFN,
@@ -58,3 +66,43 @@ def test_alphas_end_where_the_budget_never_breaks() -> None:
 def test_a_budget_that_breaks_at_once_still_gives_an_alpha() -> None:
     (alpha,) = alphas_within(lambda alpha: False)
     assert 0 < alpha < 0.125
+
+
+def searched(kl_of: Callable[[float], float], limit: float) -> tuple[AlphaSearch, int]:
+    search, steps = AlphaSearch(limit), 0
+    while not search.done:
+        search.tell(kl_of(search.propose()))
+        steps += 1
+    return search, steps
+
+
+@pytest.mark.parametrize("limit", [1e-4, 0.05, 0.2, 3.0])
+@pytest.mark.parametrize(
+    "kl_of",
+    [
+        lambda alpha: 0.3 * alpha**2,
+        lambda alpha: 0.01 * alpha**2 + 0.002 * alpha**5,
+        lambda alpha: 4 * alpha**1.3,
+        lambda alpha: math.inf if alpha > 0.7 else alpha**2 * 0.01,
+    ],
+)
+def test_the_search_ends_close_below_the_limit(
+    kl_of: Callable[[float], float], limit: float
+) -> None:
+    search, steps = searched(kl_of, limit)
+    assert search.kl == kl_of(search.best) <= limit
+    assert kl_of(search.best * 1.1) > 0.93 * limit
+    assert steps <= 10
+
+
+def test_the_search_ends_where_no_alpha_breaks_the_limit() -> None:
+    search, _ = searched(lambda alpha: 0.0, 0.1)
+    assert search.best == 1024.0
+
+
+def test_the_search_ends_where_every_alpha_breaks_the_limit() -> None:
+    search, steps = searched(lambda alpha: 1.0, 0.1)
+    assert search.best < 0.01
+    assert search.kl == 1.0
+    assert steps <= 10
+    assert searched(lambda alpha: math.inf, 0.1)[0].kl == math.inf

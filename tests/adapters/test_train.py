@@ -1,21 +1,26 @@
-"""Training gains: what is trained is what is saved, and the constraint is kept."""
+"""Training: the loss falls, the constraints hold, the best judged state is what is left."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from austeer.adapters import Component, Site, UnitTable
+from austeer.adapters import Component, FitError, Site
 from austeer.adapters.architectures import architecture_of
-from austeer.adapters.attach import steering_hooks
+from austeer.adapters.attach import transformed
 from austeer.adapters.batches import tokenize_pairs
 from austeer.adapters.evaluate import KLMeter, batch_pairs
+from austeer.adapters.gains import TrainableGains, UnitStart
 from austeer.adapters.neutral import sample_neutral
+from austeer.adapters.objective import Objective
 from austeer.adapters.pairs import ContrastivePair
-from austeer.adapters.train import Judgement, TrainableGains, TrainOptions, train_gains
+from austeer.adapters.train import Judgement, Limits, TrainOptions, train
 
 PAIRS = [
     ContrastivePair(f"one day {name} {verb}", " happy", " sad", where=f"p:{number}")
@@ -26,107 +31,132 @@ PAIRS = [
 LLAMA = architecture_of("llama")
 
 
-def table(k: int = 12) -> UnitTable:
-    layer, unit = np.divmod(np.arange(k) * 5, 32)
-    return UnitTable(Component.ATTENTION, layer, unit, np.ones(k))
+def gains(rank: int = 0, **options: Any) -> TrainableGains:
+    units = {
+        Site(layer, Component.ATTENTION): UnitStart(
+            np.arange(0, 30, 5), np.zeros(6), np.zeros(6), np.ones(6)
+        )
+        for layer in range(2)
+    }
+    return TrainableGains(units, rank=rank, seed=1, **options)
 
 
-def gains(k: int = 12, rank: int = 0, start: float = 0.0) -> TrainableGains:
-    generator = np.random.default_rng(0)
-    mean, std = generator.normal(size=k), generator.uniform(0.5, 2.0, size=k)
-    return TrainableGains(table(k), np.full(k, start), mean, std, rank=rank, seed=1)
+class Setting:
+    """A tiny model with pairs and neutral text."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.pairs = batch_pairs(model, tokenize_pairs(PAIRS, tokenizer), 3)
+        self.meter = KLMeter(model, sample_neutral(model, tokenizer, sequences=8, length=12), 4)
+
+    def margin(self, steering: Any) -> float:
+        with torch.no_grad(), steering.attached(self.model, LLAMA):
+            return float(self.pairs.margins(self.model).mean())
+
+    def judge(self, steering: Any, beat: float = -np.inf) -> Judgement | None:
+        margin = self.margin(steering)
+        attached = partial(steering.attached, self.model, LLAMA)
+        return None if margin <= beat else Judgement(margin, self.meter.mean(attached))
+
+    def train(
+        self,
+        steering: Any,
+        limit: float,
+        judge: Callable[[float], Judgement | None] | None = None,
+        **options: Any,
+    ) -> Any:
+        objective = Objective(self.model, self.pairs.batches, self.meter, limit * 0.9)
+        return train(
+            self.model, LLAMA, steering, objective, judge or partial(self.judge, steering),
+            Limits(limit), TrainOptions(**{"steps": 60, "judge_every": 5, **options}),
+        )  # fmt: skip
 
 
-def run(model: Any, tokenizer: Any, trained: TrainableGains, **options: Any) -> tuple[Any, Any]:
-    pairs = batch_pairs(model, tokenize_pairs(PAIRS, tokenizer), 3)
-    meter = KLMeter(model, sample_neutral(model, tokenizer, sequences=8, length=12), 4)
-
-    def judge() -> Judgement:
-        with torch.no_grad(), trained.attached(model, LLAMA):
-            margin = float(pairs.margins(model).mean())
-        return Judgement(margin, meter.mean(lambda: trained.attached(model, LLAMA)))
-
-    base = judge()
-    found = train_gains(
-        model, LLAMA, trained, pairs.batches, meter, judge, options["limit"],
-        TrainOptions(steps=60, kl_target=options["limit"] * 0.9, judge_every=5,
-                     keep_sign=options.get("keep_sign", False)),
-    )  # fmt: skip
-    return base, found
-
-
-@pytest.mark.parametrize("rank", [0, 1, 3])
-def test_saved_sites_steer_like_the_trained_parameters(rank: int, tiny_model: Any) -> None:
-    model = tiny_model("llama")
-    trained = gains(rank=rank)
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
-    ids = torch.arange(1, 30)[None]
-    with torch.no_grad():
-        base = model(ids).logits
-        with trained.attached(model, LLAMA):
-            live = model(ids).logits
-        with steering_hooks(model, LLAMA, trained.to_sites()):
-            saved = model(ids).logits
-    assert torch.allclose(live, saved, atol=1e-4, rtol=1e-4)
-    assert (live - base).abs().max() > 0.05
-
-
-def test_an_untrained_predictor_leaves_gamma_alone(tiny_model: Any) -> None:
-    model, ids = tiny_model("llama"), torch.arange(1, 20)[None]
-    outputs = []
-    for rank in (0, 2):
-        with torch.no_grad(), gains(rank=rank, start=0.5).attached(model, LLAMA):
-            outputs.append(model(ids).logits)
-    assert torch.allclose(*outputs, atol=1e-5)
+@pytest.fixture
+def setting(tiny_model: Any, tiny_tokenizer: Any) -> Setting:
+    return Setting(tiny_model("llama").requires_grad_(True), tiny_tokenizer)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_training_raises_the_margin_within_the_budget(
-    rank: int, tiny_model: Any, tiny_tokenizer: Any
-) -> None:
-    model = tiny_model("llama").requires_grad_(True)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trained = gains(rank=rank)
-    base, found = run(model, tiny_tokenizer, trained, limit=0.02)
+def test_training_raises_the_margin_within_the_budget(rank: int, setting: Setting) -> None:
+    before = {name: value.clone() for name, value in setting.model.state_dict().items()}
+    steering = gains(rank)
+    base = setting.margin(steering)
+    found = setting.train(steering, 0.02)
     assert found.within
     assert found.judgement.kl <= 0.02
-    assert found.judgement.margin > base.margin + 0.1
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert found.judgement.margin > base + 0.1
+    after = setting.model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert all(parameter.grad is None for parameter in setting.model.parameters())
 
 
-def test_the_best_judged_state_is_left_in_place(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    model, trained = tiny_model("llama"), gains()
-    _, found = run(model, tiny_tokenizer, trained, limit=0.02)
-    pairs = batch_pairs(model, tokenize_pairs(PAIRS, tiny_tokenizer), 3)
-    with torch.no_grad(), trained.attached(model, LLAMA):
-        margin = float(pairs.margins(model).mean())
-    assert margin == pytest.approx(found.judgement.margin, abs=1e-5)
+def test_the_best_judged_state_is_left_in_place(setting: Setting) -> None:
+    steering = gains()
+    found = setting.train(steering, 0.02)
+    assert setting.margin(steering) == pytest.approx(found.judgement.margin, abs=1e-5)
 
 
-@pytest.mark.parametrize(("rank", "lowest"), [(0, -1.0), (1, -0.25)])
-def test_keep_sign_bounds_every_gain(
-    rank: int, lowest: float, tiny_model: Any, tiny_tokenizer: Any
-) -> None:
-    free, kept = gains(rank=rank), gains(rank=rank)
-    model = tiny_model("llama")
-    run(model, tiny_tokenizer, free, limit=5.0)
-    run(model, tiny_tokenizer, kept, limit=5.0, keep_sign=True)
-    assert float(free.gamma.detach().min()) < lowest
-    assert float(kept.gamma.detach().min()) >= lowest
+def test_a_state_above_the_limit_is_scaled_down_until_it_fits(setting: Setting) -> None:
+    """Judged once only, at the end and far above the limit: scaling is all that is left."""
+    steering = gains()
+    calls: list[float] = []
+
+    def judge(beat: float) -> Judgement | None:
+        found = setting.judge(steering, beat)
+        assert found is not None
+        calls.append(found.kl)
+        return Judgement(found.margin, found.kl * (1.0 if len(calls) > 1 else 2.0))
+
+    found = setting.train(steering, 0.02, judge, judge_every=1000)
+    assert calls[0] * 2 > 0.02
+    assert len(calls) > 2
+    assert found.within
+    assert found.judgement.kl <= 0.02
 
 
-def test_sites_carry_the_right_rows() -> None:
-    trained = gains(k=12)
+def test_training_ends_early_when_nothing_gets_better(setting: Setting) -> None:
+    found = setting.train(
+        gains(), 0.02, lambda _: Judgement(1.0, 0.01), steps=60, judge_every=2, patience=3
+    )
+    assert found.steps == 8
+    assert found.step == 2
+
+
+def test_any_module_with_the_protocol_can_be_trained(setting: Setting) -> None:
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v = nn.Parameter(torch.zeros(32))
+
+        def attached(self, model: Any, architecture: Any) -> Any:
+            place = architecture.hookpoint(Site(0, Component.LAYER))
+            return transformed(model, place, lambda x: x + self.v)
+
+        def constrain(self) -> None:
+            pass
+
+        def shrink(self, factor: float) -> None:
+            with torch.no_grad():
+                self.v.mul_(factor)
+
+    steering = Vector()
+    base = setting.margin(steering)
+    found = setting.train(steering, 0.05)
+    assert found.within
+    assert found.judgement.margin > base + 0.1
+
+
+def test_a_loss_that_is_not_finite_is_an_error(setting: Setting) -> None:
+    steering = gains()
     with torch.no_grad():
-        trained.gamma.copy_(torch.arange(12.0))
-    found = {
-        s.site: dict(zip(s.index.tolist(), s.gamma.tolist(), strict=True))
-        for s in trained.to_sites()
-    }
-    rows = table(12)
-    for number in range(12):
-        site = Site(int(rows.layer[number]), Component.ATTENTION)
-        assert found[site][int(rows.unit[number])] == float(number)
+        steering.gamma.fill_(float("inf"))
+    with pytest.raises(FitError, match=r"became .* at step 1; try --dtype float32"):
+        setting.train(steering, 0.02)
+
+
+def test_limits_take_the_worst_side_effect() -> None:
+    limits = Limits(0.1, 1.3)
+    assert limits.excess(Judgement(9.0, 0.05, 1.3)) == pytest.approx(0.0)
+    assert limits.excess(Judgement(9.0, 0.2, 1.0)) == pytest.approx(1.0)
+    assert limits.excess(Judgement(9.0, 0.01, 2.6)) == pytest.approx(1.0)

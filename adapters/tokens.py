@@ -1,0 +1,142 @@
+"""Tokenized pairs: their common prefix, their limits, and which of them go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from austeer.adapters._errors import FitError, PairsError
+from austeer.adapters.pairs import ContrastivePair, render_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class PairTokens:
+    """Token ids of one pair: the strings are prefix + positive and prefix + negative.
+
+    Attributes:
+        prefix: longest common prefix that leaves both branches at least one token.
+        positive: rest of `prompt + positive`.
+        negative: rest of `prompt + negative`.
+        where: `file:line` for error messages.
+    """
+
+    prefix: tuple[int, ...]
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+    where: str = ""
+
+    @property
+    def size(self) -> int:
+        """Tokens to compute when the prefix is shared."""
+        return len(self.prefix) + len(self.positive) + len(self.negative)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two strings."""
+        return len(self.prefix) + max(len(self.positive), len(self.negative))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Size, and the lengths of prefix, positive and negative."""
+        return self.size, len(self.prefix), len(self.positive), len(self.negative)
+
+    def path(self) -> tuple[int, ...]:
+        """Ids of the tree: prefix, positive, negative."""
+        return self.prefix + self.positive + self.negative
+
+    def positions(self) -> list[int]:
+        """Position of every id of `path` in its own string."""
+        start = len(self.prefix)
+        return [*range(start + len(self.positive)), *range(start, start + len(self.negative))]
+
+    def segments(self) -> list[int]:
+        """Which part every id of `path` belongs to: 0 prefix, 1 positive, 2 negative."""
+        parts = self.prefix, self.positive, self.negative
+        return [number for number, part in enumerate(parts) for _ in part]
+
+
+def token_limit(model: PreTrainedModel) -> int:
+    """Tokens of a string that are used: 512, or the model's context if that is shorter."""
+    config = model.config
+    context = getattr(config, "max_position_embeddings", None)
+    return min(MAX_TOKENS, context or getattr(config, "n_positions", None) or MAX_TOKENS)
+
+
+def tokenize_pairs(
+    pairs: Sequence[ContrastivePair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int = MAX_TOKENS,
+) -> list[PairTokens]:
+    """Tokenize `prompt + completion` as one string each, cut after `max_tokens`.
+
+    Raises:
+        PairsError: a prompt leaves no room for a completion, or both strings are one after
+            tokenization; names file and line.
+    """
+    pairs = render_pairs(pairs, tokenizer)
+    prompts = _encode(tokenizer, [pair.prompt for pair in pairs])
+    positives = _encode(tokenizer, [pair.prompt + pair.positive for pair in pairs])
+    negatives = _encode(tokenizer, [pair.prompt + pair.negative for pair in pairs])
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        if len(prompt) >= max_tokens:
+            raise PairsError(
+                f"{pair.where}: the prompt alone has {len(prompt)} tokens, "
+                f"a completion must fit in {max_tokens} with it; shorten the prompt"
+            )
+    return [
+        _branched(pair.where, tuple(positive[:max_tokens]), tuple(negative[:max_tokens]))
+        for pair, positive, negative in zip(pairs, positives, negatives, strict=True)
+    ]
+
+
+def plan_batches(tokens: Sequence[PairTokens], token_budget: int) -> list[tuple[int, ...]]:
+    """Split pairs into batches of similar size, the largest first.
+
+    Args:
+        tokens: tokenized pairs; nothing else decides the result.
+        token_budget: most tokens of a batch, each prefix counted once; a larger pair comes
+            alone.
+
+    Returns:
+        Numbers of the pairs of each batch; every pair once.
+
+    Raises:
+        FitError: the budget is below one token.
+    """
+    if token_budget < 1:
+        raise FitError(f"token budget: expected at least 1, got {token_budget}")
+    # Whatever does not fit in memory fails at once; equal shapes end up side by side.
+    order = sorted(range(len(tokens)), key=lambda number: tokens[number].shape, reverse=True)
+    batches: list[list[int]] = []
+    used = token_budget
+    for number in order:
+        used += tokens[number].size
+        if used > token_budget:
+            batches.append([])
+            used = tokens[number].size
+        batches[-1].append(number)
+    return [tuple(batch) for batch in batches]
+
+
+def _branched(where: str, positive: tuple[int, ...], negative: tuple[int, ...]) -> PairTokens:
+    if positive == negative or not positive or not negative:
+        raise PairsError(
+            f"{where}: positive and negative are the same {len(positive)} tokens once "
+            "tokenized and cut; the model cannot tell them apart"
+        )
+    both = zip(positive[:-1], negative[:-1], strict=False)
+    shared = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], both))
+    return PairTokens(positive[:shared], positive[shared:], negative[shared:], where)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # verbose=False: a text longer than the model is cut here, and needs no warning.
+    encoded: Any = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    return [list(ids) for ids in encoded]

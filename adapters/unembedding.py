@@ -1,0 +1,129 @@
+"""Tokens that a unit promotes: what it writes to the residual stream, through the unembedding.
+
+A unit of `attention` or `neuron` scales a column of the projection that reads it (the atomic
+unit of arXiv 2602.04428); a unit of `ffn` or `layer` is a coordinate of the residual stream
+itself. Later layers also read what is written: this is the direct effect alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from austeer.adapters.architectures import architecture_of
+from austeer.adapters.attach import find_module
+from austeer.adapters.sites import Component, Site
+
+_WORD_STARTS = ("▁", "Ġ")
+# Norms between a block's output and the residual stream, by model type.
+_POST_NORMS: Mapping[str, Mapping[Component, str]] = {
+    "gemma2": {
+        Component.ATTENTION: "post_attention_layernorm",
+        Component.FFN: "post_feedforward_layernorm",
+        Component.NEURON: "post_feedforward_layernorm",
+    }
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token, and by how many nats a direction raises its logit.
+
+    Attributes:
+        token: its number.
+        text: what it stands for, with the space that a word's first piece implies.
+        logit: the rise for a residual stream that is the direction alone, at rms 1.
+    """
+
+    token: int
+    text: str
+    logit: float
+
+
+@torch.no_grad()
+def unit_logits(model: PreTrainedModel, site: Site, unit: int) -> Float[Tensor, " vocab"]:
+    """Logits that a positive activation of `unit` adds, as far as the unembedding sees it.
+
+    The final norm divides by the size of the whole residual stream, which a token alone
+    decides: logits are those of the unit's direction by itself, scaled to rms 1, so that only
+    their ratios say something. A cap on the model's logits is left out.
+
+    Args:
+        model: the base model.
+        site: where the unit is.
+        unit: its number.
+    """
+    row = architecture_of(model.config.model_type)
+    direction = written_direction(model, site, unit)
+    post = _POST_NORMS.get(row.model_type, {}).get(site.component)
+    if post is not None:
+        norm = find_module(model, f"{row.layer.format(i=site.layer)}.{post}")
+        direction = _response(norm, _at_rms_1(direction))
+    direction = _response(find_module(model, row.norm), _at_rms_1(direction))
+    return _response(model.get_output_embeddings(), direction)
+
+
+@torch.no_grad()
+def written_direction(
+    model: PreTrainedModel, site: Site, unit: int
+) -> Float[Tensor, " hidden"]:
+    """What one unit of activation writes: a column of the projection, or a coordinate."""
+    row = architecture_of(model.config.model_type)
+    projection = find_module(model, row.projection(site))
+    width = projection.get_parameter("weight").shape[row.width_axis(site.component)]
+    alone = nn.functional.one_hot(torch.tensor(unit), width).float()
+    reads_input = site.component in (Component.ATTENTION, Component.NEURON)
+    return _response(projection, alone) if reads_input else alone
+
+
+def top_tokens(
+    logits: Float[Tensor, " vocab"], tokenizer: PreTrainedTokenizerBase, count: int
+) -> tuple[list[TokenScore], list[TokenScore]]:
+    """The tokens raised most and lowered most.
+
+    Args:
+        logits: a rise of logits; entries beyond the tokenizer's vocabulary are padding.
+        tokenizer: names the tokens.
+        count: how many of each at most.
+    """
+    real = logits[: len(tokenizer)]
+    count = min(count, len(real))
+    highest, lowest = real.topk(count).indices, (-real).topk(count).indices
+    return _scores(real, highest, tokenizer), _scores(real, lowest, tokenizer)
+
+
+def _scores(
+    logits: Tensor, chosen: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenScore]:
+    return [
+        TokenScore(token, token_text(tokenizer, token), float(logits[token]))
+        for token in chosen.tolist()
+    ]
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What a token stands for; decoding alone drops the space before a word."""
+    piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
+    if piece.startswith(_WORD_STARTS) and not text.startswith(" "):
+        return f" {text.lstrip(''.join(_WORD_STARTS))}"
+    # A part of a character decodes to nothing readable; its piece at least names the byte.
+    return text if text and "\ufffd" not in text else piece
+
+
+def _response(module: nn.Module, x: Float[Tensor, " width"]) -> Float[Tensor, " out"]:
+    """What a module makes of x, less what it adds to everything (biases)."""
+    # Called, not read: weights that accelerate keeps elsewhere come back for the call.
+    weight = next(module.parameters())
+    device = "cpu" if weight.is_meta else weight.device
+    both = torch.stack([x, torch.zeros_like(x)]).to(device, weight.dtype)
+    moved, fixed = module(both).float()
+    return torch.as_tensor(moved - fixed)
+
+
+def _at_rms_1(direction: Float[Tensor, " width"]) -> Float[Tensor, " width"]:
+    return direction / direction.square().mean().sqrt().clamp(min=1e-30)
