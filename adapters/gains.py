@@ -120,10 +120,14 @@ class TrainableGains(nn.Module):
     def observe(self) -> None:
         """Note how much each unit helps, from the gradient of the margin loss alone.
 
-        Saliency −γ_i ∂loss/∂γ_i is, to first order, the loss that unit i takes away.
+        Saliency −γ_i ∂loss/∂γ_i − V_i · ∂loss/∂V_i is, to first order, the loss that unit i
+        takes away: by being rescaled, and by telling the predictor where it is.
         """
-        if self.gamma.grad is not None:
-            self._saliency.mul_(_FORGET).sub_(self.gamma * self.gamma.grad, alpha=1 - _FORGET)
+        self._saliency.mul_(_FORGET)
+        for part in (self.gamma, self.V):
+            if part.grad is not None:
+                worth = (part * part.grad).reshape(len(self.gamma), -1).sum(1)
+                self._saliency.sub_(worth, alpha=1 - _FORGET)
 
     @torch.no_grad()
     def prune(self, count: int) -> None:

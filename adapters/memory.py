@@ -11,8 +11,8 @@ from austeer.adapters._errors import FitError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Larger batches are no faster: on a CPU they outgrow its caches, on a GPU they fill it anyway.
-CPU_TOKENS = 1024
+# On a CPU larger batches are slower: malloc asks the system for their buffers anew each time.
+CPU_TOKENS = 768
 MOST_TOKENS = 65536
 LEAST_TOKENS = 512
 # Torch's CPU allocators raise a bare RuntimeError.

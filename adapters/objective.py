@@ -17,7 +17,8 @@ from austeer.adapters.fluency import CONTINUATION, continuation_surprise
 from austeer.adapters.neutral import TokenText, continue_texts
 
 LEAST_SCALE = 4.0  # nats at which a pair counts as mostly won
-_SCALE_SHARE = 0.5  # of the mean margin, once that is larger
+_LARGEST_SCALE = 10.0  # some 30 nats are as won as a pair can be
+_SCALE_SHARE = 0.5  # of the mean margin
 _REFRESH = 10  # steps after which steered continuations are sampled again
 _SAMPLES = 32  # steered continuations in each sample
 _BATCH = 8
@@ -61,11 +62,12 @@ class Objective:
     def loss(self, number: int) -> Float[Tensor, ""]:
         """Mean −log sigmoid(margin / scale) over one batch of pairs, in units of 4 nats.
 
-        The scale follows the margins: it is half of their mean, at least 4 nats. With a fixed
-        one the loss is won long before the budget is used.
+        The scale follows the margins: it is half of their mean, between 4 and 10 nats. With 4
+        throughout, the loss of an easy behaviour is won long before the budget is used.
         """
         values = margins(self._model, self._pairs[number])
-        aim = max(LEAST_SCALE, _SCALE_SHARE * float(values.detach().mean()))
+        aim = _SCALE_SHARE * float(values.detach().mean())
+        aim = min(max(aim, LEAST_SCALE), _LARGEST_SCALE)
         self._scale += 0.1 * (aim - self._scale)
         loss = -nn.functional.logsigmoid(values / self._scale).mean()
         return loss * (self._scale / LEAST_SCALE)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKENS = 512
+_TEXTS = 64  # texts tokenized at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,10 @@ def _branched(where: str, positive: tuple[int, ...], negative: tuple[int, ...]) 
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the model is cut here, and needs no warning.
-    encoded: Any = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    return [list(ids) for ids in encoded]
+    found: list[list[int]] = []
+    # A tokenizer keeps many times the memory of the ids until it returns.
+    for start in range(0, len(texts), _TEXTS):
+        # verbose=False: a text longer than the model is cut here, and needs no warning.
+        encoded: Any = tokenizer(texts[start : start + _TEXTS], verbose=False)["input_ids"]
+        found += [list(ids) for ids in encoded]
+    return found

@@ -20,7 +20,6 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from austeer.adapters import Component
 from austeer.exporter.products import Progress
 from austeer.exporter.routes import Route
 from austeer.exporter.run import RunReport, run_job
@@ -46,7 +45,7 @@ def run(behaviour: str, strength: str, route: Route, out: Path) -> RunReport:
     train, test = (HERE / "pairs" / f"{behaviour}_{part}.jsonl" for part in ("train", "test"))
     model, fit, held_out = (os.path.relpath(path) for path in (MODEL, train, test))
     command = (
-        f"austeer-export run {model} {fit} --test-pairs {held_out} --component ffn "
+        f"austeer-export run {model} {fit} --test-pairs {held_out} "
         f"--strength {strength} --to {route} -o {out}"
     )
     console.print(f"[bold]$ {command}[/bold]", soft_wrap=True)
@@ -56,7 +55,6 @@ def run(behaviour: str, strength: str, route: Route, out: Path) -> RunReport:
         test_pairs=str(test),
         out=out,
         routes=(route,),
-        components=(Component.FFN,),
         strength=strength,
         command=command,
     )

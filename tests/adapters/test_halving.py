@@ -105,16 +105,24 @@ def test_a_candidate_at_the_limit_is_judged_on_all_texts(seed: int) -> None:
 
 
 def test_candidates_dropped_for_margin_come_back_when_the_others_break_the_limit() -> None:
-    kl = np.full((6, TEXTS), 0.02)
-    kl[1:, :24], kl[1:, 24:] = 0.099, 0.2  # within the limit as long as it is a small part
-    kl[1:, ::2] *= 0.9
-    margins = np.arange(6.0)[:, None] + np.zeros((6, PAIRS))
+    kl = np.full((7, TEXTS), 0.02)
+    kl[2:, :24], kl[2:, 24:] = 0.099, 0.2  # within the limit as long as it is a small part
+    kl[2:, ::2] *= 0.9
+    kl[0] = 0.001
+    margins = np.arange(7.0)[:, None] + np.zeros((7, PAIRS))
     data = Data(margins, kl)
     choice = data.choose()
-    assert (data.mean_kl[1:] > LIMIT).all()
-    assert choice.best == 0
+    assert (data.mean_kl[2:] > LIMIT).all()
+    assert choice.best == 1, "the gentlest one has a smaller margin"
     assert choice.within
     assert data.seen_margins.max() == data.seen_texts.max() == 1
+
+
+def test_a_few_texts_by_chance_above_the_limit_drop_nobody() -> None:
+    kl = np.full((4, TEXTS), 0.05)
+    kl[3, :4] = [0.06, 0.2, 0.08, 0.15]
+    margins = np.arange(4.0)[:, None] + np.zeros((4, PAIRS))
+    assert Data(margins, kl).choose().best == 3
 
 
 def test_the_gentlest_where_none_keeps_the_limit() -> None:

@@ -154,11 +154,11 @@ def test_logits_inside_the_context_are_those_of_each_string(tiny_model: TinyMode
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
 
 
-def call(module: Any = None, mask: Any = None, **others: Any) -> Any:
+def call(mask: Any = None, **others: Any) -> Any:
     from transformers import AttentionInterface
 
     x = torch.randn(1, 2, sum(pair.size for pair in TOKENS), 8)
-    return AttentionInterface()[ATTENTION](module, x, x, x, mask, **others)
+    return AttentionInterface()[ATTENTION](torch.nn.Identity(), x, x, x, mask, **others)
 
 
 def test_what_packing_cannot_honour_is_refused(tiny_model: TinyModel) -> None:

@@ -31,9 +31,11 @@ TEXT = TokenText(
 )
 
 
-def site(layer: int, component: str, gamma: float = 0.8, rank: int = 0) -> SteeredSite:
+def site(
+    layer: int, component: str, gamma: float = 0.8, rank: int = 0, seed: int = 0
+) -> SteeredSite:
     index = np.array([3, 1, 7])
-    generator = np.random.default_rng(layer)
+    generator = np.random.default_rng(seed)
     predictor = None
     if rank:
         V, b, U = (generator.normal(size=size) for size in ((3, rank), rank, (rank, 3)))
@@ -48,6 +50,7 @@ CANDIDATES: list[list[SteeredSite]] = [
     [],
     [site(0, "attention"), site(2, "neuron", 0.4)],
     [site(0, "attention", rank=1), site(1, "ffn")],
+    [site(0, "attention", rank=1, seed=1), site(1, "ffn")],
     [site(1, "layer"), site(2, "layer")],
     [site(1, "layer")],
     [site(0, "attention"), site(2, "neuron")],

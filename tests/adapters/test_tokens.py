@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from austeer.adapters import ContrastivePair, FitError, PairsError
@@ -78,6 +78,12 @@ def test_same_tokens_after_the_cut_or_by_unknown_words(tiny_tokenizer: Any) -> N
         tokenize_pairs([pair("Tom", " joyous", " gloomy")], tiny_tokenizer)
 
 
+def test_many_pairs_keep_their_order(tiny_tokenizer: Any) -> None:
+    pairs = [pair("Tom felt " * (1 + n % 7), "very happy", "sad") for n in range(150)]
+    together = tokenize_pairs(pairs, tiny_tokenizer)
+    assert together == [tokenize_pairs([each], tiny_tokenizer)[0] for each in pairs]
+
+
 def test_no_pairs(tiny_tokenizer: Any) -> None:
     assert tokenize_pairs([], tiny_tokenizer) == []
 
@@ -110,6 +116,7 @@ def of_shape(prefix: int, positive: int, negative: int) -> PairTokens:
     return PairTokens((1,) * prefix, (2,) * positive, (3,) * negative)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.builds(of_shape, st.integers(0, 9), st.integers(1, 5), st.integers(1, 5))),
     st.integers(1, 60),
