@@ -50,6 +50,12 @@ class SteeringAdapter:
         # Hashing the touched weights takes seconds on a large model: once is enough.
         self._checked: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "sites": self.sites}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     @classmethod
     def from_units(
         cls,

@@ -44,7 +44,9 @@ def gradient_checkpointing(
     own = [layer.__dict__.get("forward") for layer in layers]
     try:
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
         yield
     finally:
         for layer, forward in zip(layers, own, strict=True):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from austeer.adapters._errors import FitError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.candidates import Progress
+from austeer.adapters.candidates import HEADROOM, Progress
 from austeer.adapters.capture import evaluating
 from austeer.adapters.composition import OnOverlap, combine
 from austeer.adapters.contributions import checked_weights
@@ -82,7 +82,9 @@ def combine_within_budget(
     with evaluating(model):
         meter = share(0).meter
         factor = largest_factor(
-            lambda value: meter.mean(lambda: _steered(model, whole, value)), kl_budget, progress
+            lambda value: meter.mean(lambda: _steered(model, whole, value)),
+            kl_budget * HEADROOM,
+            progress,
         )
         kept = [factor * weight for weight in given]
         made = combine(adapters, kept, model=model, on_overlap=on_overlap, names=names)

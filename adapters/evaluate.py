@@ -34,11 +34,18 @@ def selected_logits(
     logits afterwards (soft caps, scales) still happens.
     """
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, positions][None],))
+    handle = head.register_forward_pre_hook(lambda _, args: (_at(args[0], rows, positions),))
     try:
         yield
     finally:
         handle.remove()
+
+
+def _at(
+    hidden: Float[Tensor, "B L D"], rows: Int[Tensor, " m"], positions: Int[Tensor, " m"]
+) -> Float[Tensor, "1 m D"]:
+    """On the device of the hidden states: a model may be spread over several."""
+    return hidden[rows.to(hidden.device), positions.to(hidden.device)][None]
 
 
 def margins(model: PreTrainedModel, batch: PairBatch) -> Float[Tensor, " P"]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_STAMPED = 256  # values of each tensor that a stamp looks at
+
 ReadTensor = Callable[[str], np.ndarray[Any, np.dtype[Any]] | None]
 
 
@@ -71,20 +73,26 @@ def checkpoint_reader(architecture: Architecture, checkpoint: Checkpoint) -> Rea
 
 def weights_stamp(
     architecture: Architecture, sites: Iterable[Site], model: torch.nn.Module
-) -> tuple[tuple[int, int, int], ...] | None:
-    """Changes whenever the weights behind `sites` are replaced or written to; costs nothing.
+) -> tuple[tuple[int, int, float], ...] | None:
+    """Changes when weights or biases behind `sites` are replaced or written to; costs little.
 
-    None where nothing can be said: a weight is missing or not in memory.
+    A write through `.data` leaves no trace in torch; a few values of each tensor stand for the
+    rest. None where nothing can be said: a weight is missing, not in memory, or was made in
+    inference mode.
     """
     found = []
     for module in sorted({architecture.projection(site) for site in sites}):
-        try:
-            weight = model.get_parameter(f"{module}.weight")
-        except AttributeError:
+        parameters = model.get_submodule(module)._parameters
+        tensors = [parameters.get(name) for name in ("weight", "bias")]
+        if tensors[0] is None:
             return None
-        if weight.is_meta:
-            return None
-        found.append((id(weight), weight.data_ptr(), weight._version))
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if tensor.is_meta or tensor.is_inference():
+                return None
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // _STAMPED)]
+            found.append((id(tensor), tensor._version, float(some.double().sum())))
     return tuple(found)
 
 

@@ -69,7 +69,7 @@ def fit_strength(
         rank: rank of the γ predictor.
         keep_sign: keep every gain ≥ 0.
         neutral_text: texts whose perplexity is reported as well.
-        seed: of splits, samples and training; equal seeds give equal adapters.
+        seed: of splits, samples and training; equal seeds give equal adapters on a CPU.
         batch_size: pairs or texts per forward pass.
         steps: optimizer steps of a trained strength.
         progress: called with (stage, done, total).
@@ -200,8 +200,13 @@ class Fitter:
         budget = f"the KL budget of {self._options.kl_budget:g} nats/token"
         if not best.within:
             found = best.judgement
+            if found.fluency is None:
+                return (
+                    f"no candidate keeps {budget} (the gentlest has {found.kl:.3g}); "
+                    "raise --kl-budget"
+                )
             return (
-                f"no candidate keeps {budget} and a fluency limit of "
+                f"no candidate keeps {budget} and the fluency limit of "
                 f"{self._options.fluency_limit:g} (the gentlest has KL {found.kl:.3g}, fluency "
                 f"{found.fluency:.3g}); raise --kl-budget or --fluency-limit"
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from austeer.adapters._errors import AusteerError, FitError, ModelError
 from austeer.adapters.batches import PairBatch, plain_batch, tree_batch
-from austeer.adapters.memory import out_of_memory, too_large
+from austeer.adapters.memory import out_of_memory, release_memory, too_large
 from austeer.adapters.packing import PackedBatch, packed_batch
 from austeer.adapters.reading import read_sites
 from austeer.adapters.sites import Component, Site
@@ -156,7 +156,7 @@ def _difference(
     model: PreTrainedModel, plain: Tensor, probe: Sequence[PairTokens], layout: Layout
 ) -> str | None:
     try:
-        other = _last_states(model, probe, layout)
+        other = _together_or_one_by_one(model, probe, layout)
     except _REFUSALS as error:
         if out_of_memory(error):
             raise
@@ -168,6 +168,19 @@ def _difference(
     if (deviation := float(distance.max())) > _ROUNDING.get(model.dtype, 1e-4):
         return f"the model gives other activations with it (relative deviation {deviation:.1e})"
     return None
+
+
+def _together_or_one_by_one(
+    model: PreTrainedModel, probe: Sequence[PairTokens], layout: Layout
+) -> Float[Tensor, "2 P D"]:
+    """Together they show more; where they do not fit together, each may fit alone."""
+    try:
+        return _last_states(model, probe, layout)
+    except (RuntimeError, MemoryError) as error:
+        if len(probe) == 1 or not out_of_memory(error):
+            raise
+    release_memory()
+    return torch.cat([_last_states(model, [pair], layout) for pair in probe], dim=1)
 
 
 def _last_states(

@@ -24,8 +24,9 @@ from austeer.adapters.fingerprint import ends_fingerprint
 from austeer.adapters.momentum import LayerValues, MomentumCounter
 from austeer.adapters.pairs import ContrastivePair, pairs_digest
 from austeer.adapters.ranking import Ranking, RankingInfo
-from austeer.adapters.run_state import Purpose, RunState
+from austeer.adapters.run_state import RunState
 from austeer.adapters.sites import Component, Site
+from austeer.adapters.state_file import Purpose
 from austeer.adapters.stream import PairStream
 from austeer.adapters.tokens import token_limit
 
@@ -90,6 +91,8 @@ def localize(
     stream.check_lengths()
     info = _info(model, pairs, kinds, compat)
     run = _open_run(model, stream, info, kinds, token_budget, state, state_every)
+    # Batches are dealt out by number: they must be the same in every process.
+    run.group.check_equal({"batch size": batch_size})
     chosen = choose_layout(model, stream.sample, layout if share_prompt else "plain")
     sites = [Site(layer, kind) for layer in range(info.num_layers) for kind in kinds]
     read = Capturer(model, sites, layout=chosen, padding_side=padding_side)

@@ -24,7 +24,7 @@ from austeer.adapters.neutral import (
     sample_neutral,
     start_token,
 )
-from austeer.adapters.pairs import ContrastivePair, split_pairs
+from austeer.adapters.pairs import ContrastivePair, group_keys, split_pairs
 from austeer.adapters.train import Judgement
 
 _FLUENCY_PROMPTS = 64
@@ -151,8 +151,9 @@ class Share:
 
     def mean_margin(self, steered: Steered) -> float:
         """Mean margin of a steered model, nats."""
+        pairs = self.pair_set  # built, if need be, by the unsteered model
         with steered():
-            return float(self.pair_set.margins(self._model).mean())
+            return float(pairs.margins(self._model).mean())
 
     @cached_property
     def probe(self) -> FluencyProbe:
@@ -170,12 +171,12 @@ class Share:
 
     def figures(self, steered: Steered) -> dict[str, Any]:
         """Every figure of `report.json` for this split, with `*_ci95`."""
+        base, groups = self.base_margins, group_keys(self.pairs)
         with steered():
             values = self.pair_set.margins(self._model)
-        base, prompts = self.base_margins, [pair.prompt for pair in self.pairs]
 
         def mean(found: Float[np.ndarray, " n"]) -> Measured:
-            return grouped_interval(found, prompts, self._seed)
+            return grouped_interval(found, groups, self._seed)
 
         measured = {
             "accuracy": mean(values > 0),
@@ -191,9 +192,9 @@ class Share:
     @cached_property
     def prompts(self) -> TokenText:
         """Prompts of the pairs, for continuations."""
-        chosen = self.pairs[:_FLUENCY_PROMPTS]
+        chosen = list(dict.fromkeys(pair.prompt for pair in self.pairs))[:_FLUENCY_PROMPTS]
         room = token_limit(self._model) - CONTINUATION
-        return encode_prompts([pair.prompt for pair in chosen], self._tokenizer, max(room, 1))
+        return encode_prompts(chosen, self._tokenizer, max(room, 1))
 
 
 def as_report(measured: dict[str, Measured]) -> dict[str, Any]:

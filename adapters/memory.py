@@ -16,7 +16,12 @@ CPU_TOKENS = 768
 MOST_TOKENS = 65536
 LEAST_TOKENS = 512
 # Torch's CPU allocators raise a bare RuntimeError.
-_PHRASES = ("not enough memory", "can't allocate memory", "out of memory")
+_PHRASES = (
+    "not enough memory",
+    "can't allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def token_budget_for(model: PreTrainedModel) -> int:

@@ -55,12 +55,14 @@ class Objective:
             self.sizes["surprise"] = len(continuations)
 
     def prepare(self, step: int, steered: Steered) -> None:
-        """Bring what depends on the present steering up to date."""
+        """Bring what depends on the present steering up to date; step 1 starts afresh."""
+        if step == 1:
+            self._scale = LEAST_SCALE
         if self._continuations is not None and step % _REFRESH == 1:
             self._continuations.refresh(steered, seed=step)
 
     def loss(self, number: int) -> Float[Tensor, ""]:
-        """Mean −log sigmoid(margin / scale) over one batch of pairs, in units of 4 nats.
+        """(scale / 4 nats) · mean −log sigmoid(margin / scale) over one batch of pairs.
 
         The scale follows the margins: it is half of their mean, between 4 and 10 nats. With 4
         throughout, the loss of an easy behaviour is won long before the budget is used.

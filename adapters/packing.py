@@ -95,8 +95,8 @@ def packed_attention(model: PreTrainedModel, batch: PackedBatch) -> Iterator[Pac
     # The sdpa of transformers 4.57 drops the cap in silence, and so it must be dropped here.
     attention = PackedAttention(batch.tokens, capped=own != "sdpa")
     outer = _active.set(attention)
-    config._attn_implementation = ATTENTION
     try:
+        config._attn_implementation = ATTENTION
         yield attention
     finally:
         config._attn_implementation = own

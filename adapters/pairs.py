@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,19 +145,21 @@ def pairs_digest(pairs: Iterable[ContrastivePair]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
+def group_keys(pairs: Sequence[ContrastivePair]) -> list[str]:
+    """What tells which pairs belong together: their prompt, else their own content.
+
+    Where one prompt holds more than half of the pairs, it tells nothing, and every pair stands
+    for itself.
+    """
+    keys = [_canonical(pair.context) if pair.context else pair.content for pair in pairs]
+    biggest = max(Counter(keys).values(), default=0)
+    return [pair.content for pair in pairs] if biggest * 2 > len(pairs) else keys
+
+
 def _groups(pairs: Sequence[ContrastivePair], seed: int) -> list[list[ContrastivePair]]:
     """Pairs that must stay together: largest group first, then in order of their hash."""
-    by_prompt = _grouped(pairs, seed, by_prompt=True)
-    biggest = max((len(group) for group in by_prompt), default=0)
-    return _grouped(pairs, seed, by_prompt=False) if biggest * 2 > len(pairs) else by_prompt
-
-
-def _grouped(
-    pairs: Sequence[ContrastivePair], seed: int, *, by_prompt: bool
-) -> list[list[ContrastivePair]]:
     groups: dict[str, list[ContrastivePair]] = {}
-    for pair in pairs:
-        key = _canonical(pair.context) if by_prompt and pair.context else pair.content
+    for pair, key in zip(pairs, group_keys(pairs), strict=True):
         groups.setdefault(_digest(key, seed), []).append(pair)
     return [groups[key] for key in sorted(groups, key=lambda key: (-len(groups[key]), key))]
 

@@ -8,53 +8,28 @@ with another number of processes.
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import secrets
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
-from austeer.adapters._errors import FitError, ModelError
-from austeer.adapters._files import publish_file
+from austeer.adapters._errors import FitError
 from austeer.adapters.distributed import Processes
 from austeer.adapters.momentum import LayerValues, MomentumCounter
 from austeer.adapters.ranking import Counts
 from austeer.adapters.sites import Component
-from austeer.adapters.tensors import read_header
+from austeer.adapters.state_file import SUFFIX, Purpose, StatePart, Tensors, write_state
 
 notice = logging.getLogger("austeer")
 
-FORMAT = "austeer-localization-state"
-FORMAT_VERSION = "1"
-_SUFFIX = ".safetensors"
 # Writing the state takes at most one part in so many of the time.
 _WRITING_SHARE = 20
-
-Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Purpose:
-    """What a state belongs to; one of anything else is refused.
-
-    Attributes:
-        facts: names of inputs and options, and their values or digests (JSON).
-        pairs: number of pairs.
-        token_budget: tokens of a batch; a resumed run keeps to it, so that its batches, and
-            with them the last bits of its sums, are those of one undisturbed run.
-    """
-
-    facts: Mapping[str, Any]
-    pairs: int
-    token_budget: int
 
 
 class RunState:
@@ -82,7 +57,7 @@ class RunState:
     ) -> None:
         self.counters = counters
         self._folder, self._every, self.group = folder, every, group
-        self._name = f"{group.rank}-{secrets.token_hex(4)}{_SUFFIX}"
+        self._name = f"{group.rank}-{secrets.token_hex(4)}{SUFFIX}"
         self._counted = np.zeros(purpose.pairs, dtype=bool)
         self._purpose = purpose
         self._absorbed: list[Path] = []
@@ -120,7 +95,7 @@ class RunState:
         if self._folder is None or not self._unsaved or self._adding:
             return
         started = time.monotonic()
-        _write(self._folder / self._name, self._tensors(), self._purpose)
+        write_state(self._folder / self._name, self._tensors(), self._purpose)
         self._unsaved = False
         # Only now: their sums are in the file that was just written.
         while self._absorbed:
@@ -133,12 +108,14 @@ class RunState:
 
         Raises:
             DistributedError: another process stopped.
-            FitError: a sum is not finite.
+            FitError: a sum is not finite, or a pair was not counted exactly once.
         """
+        if self.group.size > 1:
+            # Before waiting for the others, one of which may have stopped.
+            self.save()
+        self._check_complete()
         if self.group.size == 1:
             return {kind: counter.counts() for kind, counter in self.counters.items()}
-        # Before waiting for the others, one of which may have stopped.
-        self.save()
         found = {}
         for kind, counter in self.counters.items():
             signs, limbs = counter.state()
@@ -146,6 +123,15 @@ class RunState:
             whole.add_state(self.group.total(signs), self.group.total(limbs), 0)
             found[kind] = whole.counts()
         return found
+
+    def _check_complete(self) -> None:
+        times = self.group.total(self._counted.astype(np.int64))
+        wrong = np.flatnonzero(times != 1)
+        if len(wrong):
+            raise FitError(
+                f"localize: pair {wrong[0]} was counted {times[wrong[0]]} times (and "
+                f"{len(wrong) - 1} others not once); delete the state and start anew"
+            )
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -181,9 +167,11 @@ class RunState:
     def _read(self) -> None:
         if self._folder is None or not self._folder.is_dir():
             return
-        for leftover in self._folder.glob(f".*{_SUFFIX}.partial-*"):
+        for leftover in self._folder.glob(f".*{SUFFIX}.partial-*"):
             leftover.unlink(missing_ok=True)
-        found = [_Part.open(path, self._purpose) for path in self._folder.glob(f"*{_SUFFIX}")]
+        found = [
+            StatePart.open(path, self._purpose) for path in self._folder.glob(f"*{SUFFIX}")
+        ]
         # The first process's file grows to hold the others'. Where a kill came before these
         # were removed, or a second run wrote here, pairs overlap: they are counted once.
         for part in sorted(found, key=lambda part: (-int(part.pairs.sum()), part.path)):
@@ -204,91 +192,3 @@ class RunState:
             found[f"{component.value}.signs"] = signs
             found[f"{component.value}.limbs"] = limbs
         return found
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """One file of a state, read and checked."""
-
-    path: Path
-    pairs: Bool[np.ndarray, " N"]
-    purpose: Purpose
-
-    @classmethod
-    def open(cls, path: Path, wanted: Purpose) -> _Part:
-        metadata, tensors = _load(path)
-        if metadata.get("format_version") != FORMAT_VERSION:
-            raise _damaged(path, f"format version {metadata.get('format_version')!r}")
-        try:
-            facts = json.loads(metadata["facts"])
-            budget = int(metadata["token_budget"])
-            size = int(metadata["pairs"])
-        except (KeyError, ValueError) as error:
-            raise _damaged(path, f"malformed description, {error}") from error
-        _check_facts(path, facts, wanted.facts)
-        if metadata.get("checksum") != _checksum(tensors):
-            raise _damaged(path, "its checksum does not match")
-        pairs = np.unpackbits(tensors["pairs"], count=size).astype(bool)
-        return cls(path, pairs, Purpose(facts, size, budget))
-
-    def add_to(self, counters: Mapping[Component, MomentumCounter]) -> None:
-        # Read again, so that memory holds the counters of one file at a time.
-        _, tensors = _load(self.path)
-        for component, counter in counters.items():
-            signs, limbs = (tensors[f"{component.value}.{name}"] for name in ("signs", "limbs"))
-            counter.add_state(signs, limbs, int(self.pairs.sum()))
-
-
-def _write(path: Path, tensors: Tensors, purpose: Purpose) -> None:
-    from safetensors.numpy import save_file
-
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "facts": json.dumps(dict(purpose.facts), sort_keys=True),
-        "pairs": str(purpose.pairs),
-        "token_budget": str(purpose.token_budget),
-        "checksum": _checksum(tensors),
-    }
-    with publish_file(path) as work:
-        save_file(tensors, work, metadata=metadata)
-
-
-def _load(path: Path) -> tuple[dict[str, str], Tensors]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        tensors = {name: entry.read() for name, entry in read_header(path).items()}
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (ModelError, SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
-    if metadata.get("format") != FORMAT:
-        raise _damaged(path, f"format {metadata.get('format')!r}")
-    return metadata, tensors
-
-
-def _checksum(tensors: Tensors) -> str:
-    total = 0
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        total = zlib.crc32(f"{name}{array.dtype}{array.shape}".encode(), total)
-        total = zlib.crc32(array.view(np.uint8).data, total)
-    return f"crc32:{total:08x}"
-
-
-def _check_facts(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if differing:
-        raise FitError(
-            f"{path.parent}: the state of another run: made with other "
-            f"{' and other '.join(differing)}; delete that folder (--restart) to start anew, "
-            "or choose another output"
-        )
-
-
-def _damaged(path: Path, reason: str) -> FitError:
-    return FitError(
-        f"{path}: not a readable state of a localization ({reason}); "
-        f"delete {path.parent} (--restart) to start anew"
-    )

@@ -34,7 +34,9 @@ def find_candidates(
         FitError: more units asked for than exist.
     """
     sizes = {c: ranking.beta(c).size for c in options.components}
-    if options.max_units > max(sizes.values()):
+    # Trained units may come from all components together, untrained ones from one.
+    most = sum(sizes.values()) if options.strength.trained else max(sizes.values())
+    if options.max_units > most:
         known = ", ".join(f"{c.value} has {size}" for c, size in sizes.items())
         raise FitError(
             f"max_units {options.max_units}: more than exist ({known}); ask for fewer"

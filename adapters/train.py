@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from austeer.adapters._errors import FitError
@@ -73,12 +73,12 @@ class Judgement:
         margin: mean margin over the validation pairs, nats.
         kl: mean KL per token on neutral text that training does not see, nats.
         fluency: perplexity of steered continuations under the base over that of its own;
-            1.0 where it was not measured.
+            None where it was not measured.
     """
 
     margin: float
     kl: float
-    fluency: float = 1.0
+    fluency: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,11 @@ class Limits:
 
     def excess(self, found: Judgement) -> float:
         """By how much the worst side effect exceeds its limit: ratio − 1, ≤ 0 within."""
-        return max(found.kl / self.kl, found.fluency / self.fluency) - 1.0
+        used = [found.kl / self.kl]
+        if found.fluency is not None:
+            used.append(found.fluency / self.fluency)
+        # max() would let a NaN pass.
+        return max(used) - 1.0 if np.isfinite([found.margin, *used]).all() else np.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,20 +202,25 @@ def _gradients(
     # Named inputs: a base that nobody froze must not collect gradients of its own.
     inputs = [parameter for parameter in steering.parameters() if parameter.numel()]
     with steering.attached(model, architecture):
-        torch.autograd.backward(objective.loss(numbers["pairs"]), inputs=inputs)
+        loss = _finite(objective.loss(numbers["pairs"]), "the margin loss", step)
+        torch.autograd.backward(loss, inputs=inputs)
     final = observe(step) if observe is not None else True
     for name, price in prices.items():
         with steering.attached(model, architecture):
             used = objective.constraint(name, numbers[name], known[name])
-            used = used / objective.targets[name]
-            if not torch.isfinite(used):
-                raise FitError(
-                    f"training: {name} became {float(used.detach())} at step {step}; try --dtype float32"
-                )
+            used = _finite(used, name, step) / objective.targets[name]
             if used > 1.0:
                 torch.autograd.backward(price.value * (used - 1.0), inputs=inputs)
         price.adjust(float(used.detach()))
     return final
+
+
+def _finite(value: Tensor, name: str, step: int) -> Tensor:
+    if torch.isfinite(value):
+        return value
+    raise FitError(
+        f"training: {name} became {float(value.detach())} at step {step}; try --dtype float32"
+    )
 
 
 class _Price:
@@ -239,7 +248,7 @@ class _Best:
 
     def __init__(self, steering: Trainable, limits: Limits) -> None:
         self._steering, self._limits = steering, limits
-        self.trained = Trained(Judgement(-np.inf, np.inf, np.inf), 0, within=False)
+        self.trained = Trained(Judgement(-np.inf, np.inf), 0, within=False)
         self.state = self._snapshot()
 
     def consider(self, judge: Judge, step: int) -> bool:

@@ -21,8 +21,8 @@ from austeer.adapters.attach import steering_hooks, transformed
 
 Sides = tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]
 
-HEADS = (2, 4, 8)
-UNITS = (16, 64)
+HEADS = (1, 2, 4, 8)
+UNITS = (4, 8, 16, 64)
 _FOLDS = 5
 
 

@@ -24,10 +24,10 @@ from austeer.adapters.attach import transformed
 from austeer.adapters.trained import Trainer
 
 _PROBE_SHARE = 0.25
-# The first rate of each compares the places; all were best on some case.
-_VECTOR_RATES = (0.05, 0.02)
-_IA3_RATES = (0.05, 0.1)
-_LORA_RATES = (0.005, 0.002)
+# The first rate of each compares the places.
+_VECTOR_RATES = (0.05, 0.1)
+_IA3_RATES = (0.1, 0.2)
+_LORA_RATES = (0.005, 0.01)
 _LORA_TARGETS = {
     "q,v": ["q_proj", "v_proj"],
     "o,down": ["o_proj", "down_proj"],

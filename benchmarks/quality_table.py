@@ -67,6 +67,8 @@ def groups(cells: Sequence[Cell]) -> Iterator[Group]:
 
 def report(cells: Sequence[Cell]) -> str:
     """Everything as Markdown: averages, verdicts, cases."""
+    if len(steps := {cell["steps"] for cell in cells}) > 1:
+        raise SystemExit(f"steps: expected one number in a table, found {sorted(steps)}")
     lines = [_origin(cells), ""]
     parts = [group for group in groups(cells) if group.cases]
     for group in parts:

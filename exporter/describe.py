@@ -151,7 +151,7 @@ def fact_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("predictor rank", str(values["rank"])))
     rows += [
         ("combines", f"{part['name']} × {number(part['weight'])}")
-        for part in values["fit"].get("combined", {}).get("adapters", [])
+        for part in _combined(values["fit"])
     ]
     if values.get("base_matches"):
         rows.append(("base", "matches the fingerprint"))
@@ -175,3 +175,16 @@ def _site_row(steered: SteeredSite) -> dict[str, Any]:
         "flipped": int((gamma < -1.0).sum()),
         "strongest": [int(unit) for unit in steered.index[strongest]],
     }
+
+
+def _combined(fit: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What an adapter combines; whatever else a stranger wrote there is left out."""
+    found = fit.get("combined")
+    parts = found.get("adapters") if isinstance(found, Mapping) else None
+    return [
+        part
+        for part in (parts if isinstance(parts, list) else [])
+        if isinstance(part, Mapping)
+        and isinstance(part.get("name"), str)
+        and isinstance(part.get("weight"), (int, float))
+    ]

@@ -16,7 +16,7 @@ from austeer.exporter.markdown import report_markdown
 
 REPORT_JSON = "report.json"
 REPORT_MARKDOWN = "report.md"
-_FLUENCY_LIMIT = 1.5
+_NOTABLE_FLUENCY = 1.3  # where no limit was set
 
 
 def build_report(
@@ -86,7 +86,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         found.append(
             f"KL on fresh text is {test['kl']:.3g} nats/token, above the budget of {budget:g}."
         )
-    if _above(test.get("fluency"), _FLUENCY_LIMIT):
+    if _above(test.get("fluency"), report["options"].get("fluency_limit") or _NOTABLE_FLUENCY):
         found.append(
             f"Steered continuations are {test['fluency']:.2f} times as surprising to the base "
             "model as its own: read the sample texts."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from austeer.adapters.distributed import launched
 from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.pairs import read_pairs, render_pairs
 from austeer.adapters.sites import Component
+from austeer.adapters.state_file import discard_state
 from austeer.exporter.products import Base, Progress, load_base, silent
 from austeer.exporter.settings import BaseOptions
 
@@ -68,7 +68,7 @@ def localize_job(
     state = out.with_name(f"{out.name}.state")
     with launched(timedelta(minutes=timeout_minutes)) as group, _resumable(state):
         if restart and group.is_first:
-            shutil.rmtree(state, ignore_errors=True)
+            discard_state(state)
         ranking = localize(
             base.model,
             base.tokenizer,
@@ -82,7 +82,7 @@ def localize_job(
     if not group.is_first:
         return {}
     ranking.save(out)
-    shutil.rmtree(state, ignore_errors=True)
+    discard_state(state)
     rows = [component_row(ranking, component) for component in ranking.components]
     return {"path": str(out), "pairs": ranking.count, "components": rows}
 
@@ -110,7 +110,7 @@ def _resumable(state: Path) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted; nothing was published{kept}") from None
     finally:
         if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def component_row(ranking: Ranking, component: Component) -> dict[str, Any]:

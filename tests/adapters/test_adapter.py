@@ -327,3 +327,26 @@ def test_weights_are_hashed_once_until_they_change(
         pass
     with pytest.raises(AdapterError, match="another base model"), made.attached(model):
         pass
+
+
+def test_an_adapter_can_be_pickled(tiny_model: Any) -> None:
+    import pickle
+
+    model = tiny_model("llama")
+    made = SteeringAdapter.from_units(model, "attention", [0], [3], [0.5])
+    with made.attached(model):
+        copy = pickle.loads(pickle.dumps(made))
+    assert copy.config == made.config
+    assert copy.tensors().keys() == made.tensors().keys()
+    with copy.attached(model):
+        pass
+
+
+def test_a_write_through_data_is_noticed(tiny_model: Any) -> None:
+    model = tiny_model("gpt2")
+    made = SteeringAdapter.from_units(model, "ffn", [0], [3], [0.5])
+    with made.attached(model):
+        pass
+    model.transformer.h[0].mlp.c_proj.bias.data.mul_(3.0)
+    with pytest.raises(AdapterError, match="another base model"), made.attached(model):
+        pass

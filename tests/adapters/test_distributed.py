@@ -77,6 +77,22 @@ def test_processes_with_other_arguments_are_refused(
     assert "DistributedError: process 1: its pairs (or tokenizer) differ" in second.error()
 
 
+def test_processes_with_other_batches_are_refused(
+    tiny_model: Any, tiny_tokenizer: Any, launch: Launch
+) -> None:
+    """Batches are dealt out by number: other batches would lose pairs and count some twice."""
+    model = tiny_model("llama")
+
+    def work(rank: int) -> dict[str, Any]:
+        with launched():
+            localize(model, tiny_tokenizer, pairs(), ["ffn"], batch_size=2 + rank)
+        return {}
+
+    first, second = launch(work)
+    assert first.end() == second.end() == 1
+    assert "its batch size differ" in second.error()
+
+
 def test_a_process_that_stops_ends_the_run_and_leaves_a_state(
     tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, launch: Launch
 ) -> None:

@@ -125,3 +125,20 @@ def test_users_neutral_text_is_measured(tiny_model: Any, tiny_tokenizer: Any) ->
     )
     assert found["neutral_perplexity"] == found["base_neutral_perplexity"]
     assert np.isfinite(found["neutral_perplexity"])
+
+
+@pytest.mark.parametrize("prompt", ["", "the same for all"])
+def test_pairs_of_one_prompt_still_have_an_interval(
+    prompt: str, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    """One group of all pairs would give every figure an interval without width."""
+    words = ("happy", "sad", "very", "home", "sun", "rain", "park", "day")
+    pairs = [
+        ContrastivePair(prompt, f" {a} so", f" {b} so", where=f"p:{a}{b}")
+        for a, b in zip(words, words[1:], strict=False)
+    ]
+    model = tiny_model("llama")
+    share = Share(model, tiny_tokenizer, pairs, seed=0, sequences=4, length=8, batch_size=4)
+    figures = share.figures(torch.no_grad)
+    low, high = figures["margin_ci95"]
+    assert high - low > 0.1

@@ -17,7 +17,8 @@ import torch
 from austeer.adapters import Component, ContrastivePair, FitError, Ranking, localize
 from austeer.adapters.distributed import Processes
 from austeer.adapters.momentum import MomentumCounter
-from austeer.adapters.run_state import Purpose, RunState
+from austeer.adapters.run_state import RunState
+from austeer.adapters.state_file import Purpose
 
 KIND = Component.FFN
 ALONE = Processes()

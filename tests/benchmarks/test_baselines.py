@@ -83,8 +83,8 @@ def test_iti_takes_the_heads_that_tell_the_sides_apart(
 ) -> None:
     clear = Site(0, Component.ATTENTION)  # the first layer: nothing before it can move it
     shift(activations[clear][0], slice(16, 24), 4.0)
-    setting = next(iter(baselines.iti_settings(model, activations, HEAD)))
-    assert setting.name == "2 heads"
+    settings = {s.name: s for s in baselines.iti_settings(model, activations, HEAD)}
+    setting = settings["2 heads"]
     assert setting.touched == setting.parameters == 16
     moved = (
         seen_at(model, clear, setting.at(1.0))[..., 16:24] != seen_at(model, clear)[..., 16:24]
@@ -99,7 +99,8 @@ def test_iti_adds_the_unit_mean_difference_times_sigma(
     positive, negative = activations[site]
     shift(positive, slice(0, 8), 3.0)
     shift(positive, slice(24, 32), -3.0)
-    setting = next(iter(baselines.iti_settings(model, activations, HEAD)))
+    settings = {s.name: s for s in baselines.iti_settings(model, activations, HEAD)}
+    setting = settings["2 heads"]
     expected = np.zeros(WIDTH)
     for part in (slice(0, 8), slice(24, 32)):
         difference = positive[:, part].mean(0) - negative[:, part].mean(0)
