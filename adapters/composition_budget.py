@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from austeer.adapters.candidates import HEADROOM, Progress
 from austeer.adapters.capture import evaluating
 from austeer.adapters.composition import OnOverlap, combine
 from austeer.adapters.contributions import checked_weights
+from austeer.adapters.evaluate import KLMeter
 from austeer.adapters.measure import Share, as_report
 from austeer.adapters.pairs import ContrastivePair
 
@@ -56,9 +58,9 @@ def combine_within_budget(
         on_overlap: see `combine`.
         names: what the report and messages call the adapters.
         pairs: contrastive pairs by behaviour, to report margins of.
-        seed: of the neutral text, `sequences` texts of `length` tokens in each of two samples.
-        sequences: see `seed`.
-        length: see `seed`.
+        seed: of the neutral text, of which two samples are taken.
+        sequences: texts in each sample.
+        length: tokens of each.
         batch_size: pairs or texts per forward pass.
         progress: called with (stage, done, total).
 
@@ -80,12 +82,8 @@ def combine_within_budget(
         return Share(model, tokenizer, some, sequences=sequences, length=length, **own)
 
     with evaluating(model):
-        meter = share(0).meter
-        factor = largest_factor(
-            lambda value: meter.mean(lambda: _steered(model, whole, value)),
-            kl_budget * HEADROOM,
-            progress,
-        )
+        kl = partial(_mean_kl, share(0).meter, model, whole)
+        factor = largest_factor(kl, kl_budget * HEADROOM, progress)
         kept = [factor * weight for weight in given]
         made = combine(adapters, kept, model=model, on_overlap=on_overlap, names=names)
         alone = [one.scaled(weight) for one, weight in zip(adapters, given, strict=True)]
@@ -94,6 +92,19 @@ def combine_within_budget(
             name: _behaviour(share(1, some), model, made, alone)
             for name, some in (pairs or {}).items()
         }
+    return _reported(made, kl_budget, factor, figures)
+
+
+def _mean_kl(
+    meter: KLMeter, model: PreTrainedModel, adapter: SteeringAdapter, factor: float
+) -> float:
+    return meter.mean(lambda: _steered(model, adapter, factor))
+
+
+def _reported(
+    made: SteeringAdapter, kl_budget: float, factor: float, figures: dict[str, Any]
+) -> tuple[SteeringAdapter, dict[str, Any]]:
+    """The adapter with its report in it, and the report."""
     budget = kl_budget if math.isfinite(kl_budget) else None
     report = made.config.fit["combined"] | {"kl_budget": budget, "factor": factor} | figures
     config = dataclasses.replace(made.config, fit={"combined": report})

@@ -23,13 +23,12 @@ from austeer.adapters.capture import evaluating
 from austeer.adapters.config import Strength
 from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.measure import Share, Splits, make_splits, neutral_perplexity
+from austeer.adapters.outcome import no_effect_reason, selected_facts
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, render_pairs
-from austeer.adapters.predictor import PHI_MAX
 from austeer.adapters.search import find_candidates
 from austeer.adapters.sites import Component
 
 _LEAST_VALIDATION = 5  # pairs below which choosing is left to chance
-_NOTABLE = 1.0  # nats of margin that count as help even where no pair changes sides
 
 
 def fit_strength(
@@ -69,14 +68,13 @@ def fit_strength(
         rank: rank of the γ predictor.
         keep_sign: keep every gain ≥ 0.
         neutral_text: texts whose perplexity is reported as well.
-        seed: of splits, samples and training; equal seeds give equal adapters on a CPU.
+        seed: of everything random; equal seeds give equal adapters on a CPU.
         batch_size: pairs or texts per forward pass.
         steps: optimizer steps of a trained strength.
         progress: called with (stage, done, total).
 
     Returns:
-        The adapter, and the dictionary behind `report.json` (DESIGN §5): `outcome`,
-        `selected`, `validation`, `test`, `fit`.
+        The adapter, and the dictionary behind `report.json` (DESIGN §5).
 
     Raises:
         NoEffectError: nothing within the budget helps; `.report` holds the same dictionary.
@@ -84,20 +82,12 @@ def fit_strength(
         PairsError: pairs that cannot be tokenized or split.
     """
     options = FitOptions(
-        strength=_strength(strength),
-        kl_budget=kl_budget,
-        max_units=max_units,
-        fluency_limit=fluency_limit,
-        components=_components(components, ranking),
-        rank=rank,
-        keep_sign=keep_sign,
-        seed=seed,
-        batch_size=batch_size,
-        steps=steps,
-    )
-    pairs = render_pairs(pairs, tokenizer)
-    test_pairs = render_pairs(test_pairs, tokenizer) if test_pairs is not None else None
-    splits = make_splits(pairs, test_pairs, seed)
+        strength=_strength(strength), components=_components(components, ranking),
+        kl_budget=kl_budget, max_units=max_units, fluency_limit=fluency_limit, rank=rank,
+        keep_sign=keep_sign, seed=seed, batch_size=batch_size, steps=steps,
+    )  # fmt: skip
+    test = None if test_pairs is None else render_pairs(test_pairs, tokenizer)
+    splits = make_splits(render_pairs(pairs, tokenizer), test, seed)
     with evaluating(model):
         ranking = ranking or _localized(model, tokenizer, splits, options)
         return Fitter(model, tokenizer, splits, ranking, options, progress).run(neutral_text)
@@ -186,56 +176,14 @@ class Fitter:
         if neutral_text:
             test |= neutral_perplexity(self._model, self._tokenizer, neutral_text, steered)
         self._progress("measure", 2, 2)
-        reason = self._no_effect(best, validation)
+        reason = no_effect_reason(best, validation, self._options)
         return {
             "outcome": "no_effect" if reason else "steered",
             "reason": reason,
-            "selected": self._selected(best),
+            "selected": selected_facts(best, self._options),
             "validation": validation,
             "test": test,
             "fit": self._fit_facts(candidates, seconds),
-        }
-
-    def _no_effect(self, best: Candidate, validation: dict[str, Any]) -> str | None:
-        budget = f"the KL budget of {self._options.kl_budget:g} nats/token"
-        if not best.within:
-            found = best.judgement
-            if found.fluency is None:
-                return (
-                    f"no candidate keeps {budget} (the gentlest has {found.kl:.3g}); "
-                    "raise --kl-budget"
-                )
-            return (
-                f"no candidate keeps {budget} and the fluency limit of "
-                f"{self._options.fluency_limit:g} (the gentlest has KL {found.kl:.3g}, fluency "
-                f"{found.fluency:.3g}); raise --kl-budget or --fluency-limit"
-            )
-        flips = validation["accuracy"] > validation["base_accuracy"]
-        notable = flips or validation["margin_gain"] >= _NOTABLE
-        if notable and validation["margin_gain_ci95"][0] > 0:
-            return None
-        base, steered = (
-            f"margin {validation[kind + 'margin']:+.2f}, "
-            f"accuracy {validation[kind + 'accuracy']:.2f}"
-            for kind in ("base_", "")
-        )
-        return (
-            f"strength {self._options.strength} does not help within {budget}: validation "
-            f"{base} → {steered}; raise --kl-budget, add pairs or try another strength"
-        )
-
-    def _selected(self, best: Candidate) -> dict[str, Any]:
-        adaptive = self._options.strength is Strength.ADAPTIVE
-        limit = -1.0 / (PHI_MAX if adaptive else 1.0)
-        return {
-            "component": "+".join(best.components),
-            "components": [component.value for component in best.components],
-            "k": best.k,
-            "alpha": best.alpha,
-            "strength": self._options.strength.value,
-            "rank": self._options.rank if adaptive else 0,
-            "sites": len(best.sites),
-            "units_that_can_flip_sign": int(sum((s.gamma < limit).sum() for s in best.sites)),
         }
 
     def _fit_facts(self, candidates: Sequence[Candidate], seconds: float) -> dict[str, Any]:

@@ -149,9 +149,8 @@ def train(
         judge: see `Judge`.
         limits: what counts as within budget.
         options: see `TrainOptions`.
-        observe: called with the step after the gradient of the margin loss is there, before
-            anything is added to it; returns whether what is trained is final in kind, so that
-            results count (False while units are still being pruned).
+        observe: called with the step when only the margin loss has its gradient; returns
+            whether results count (False while units are still being pruned).
         progress: called with (steps done, steps in all).
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_pairs_of_one_prompt_still_have_an_interval(
     words = ("happy", "sad", "very", "home", "sun", "rain", "park", "day")
     pairs = [
         ContrastivePair(prompt, f" {a} so", f" {b} so", where=f"p:{a}{b}")
-        for a, b in zip(words, words[1:], strict=False)
+        for a, b in pairwise(words)
     ]
     model = tiny_model("llama")
     share = Share(model, tiny_tokenizer, pairs, seed=0, sequences=4, length=8, batch_size=4)

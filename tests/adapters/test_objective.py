@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from austeer.adapters.neutral import encode_prompts
-from austeer.adapters.objective import Continuations
+from austeer.adapters.objective import Continuations, Objective
 
 PROMPTS = ["one day Tom felt", "Mia was so", "the park"]
 
@@ -79,3 +79,27 @@ def test_refreshed_text_follows_the_steering(tiny_model: Any, tiny_tokenizer: An
     text.refresh(lambda: warmer(model), seed=3)
     assert surprise() > before + 0.05
     assert math.isfinite(before)
+
+
+@pytest.mark.parametrize(("margin", "scale"), [(-3.0, 4.0), (12.0, 6.0), (90.0, 10.0)])
+def test_the_scale_of_the_loss_follows_the_margins(
+    margin: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the mean margin, between 4 and 10 nats, reached over many steps."""
+
+    class Nothing(list[Any]):
+        """Stands for pairs and neutral text, of which only the number is asked."""
+
+    values = torch.full((6,), margin, requires_grad=True)
+    monkeypatch.setattr("austeer.adapters.objective.margins", lambda *_: values)
+    objective = Objective(None, Nothing([None]), Nothing([None]), 0.1)  # type: ignore[arg-type]
+    first = float(objective.loss(0).detach())
+    for _ in range(200):
+        loss = objective.loss(0)
+    expected = scale / 4 * math.log1p(math.exp(-margin / scale))
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    (gradient,) = torch.autograd.grad(loss, values)
+    # What a nat is worth at margin 0 does not depend on the scale.
+    assert float(gradient.sum()) == pytest.approx(-0.25 / (1 + math.exp(margin / scale)), 1e-4)
+    objective.prepare(1, lambda: torch.no_grad())
+    assert float(objective.loss(0).detach()) == pytest.approx(first, rel=1e-6)
