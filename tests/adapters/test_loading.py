@@ -348,7 +348,8 @@ def test_unusable_device_maps(saved_model: SaveModel, monkeypatch: pytest.Monkey
     )
     if importlib.util.find_spec("accelerate"):
         said = refusal(load_model, folder, device_map={"": "disk"})
-        assert "offloads the token embedding" in said
+        # transformers 4.57 refuses a map to disk alone before we can.
+        assert "offloads the token embedding" in said or "cannot load the model" in said
         assert "transformers cannot load" in refusal(load_model, folder, device_map="sideways")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install accelerate" in refusal(load_model, folder, device_map="auto")
