@@ -1,4 +1,22 @@
-"""Find what to steer and how strongly; hold it as an adapter; attach it to a live model."""
+"""Find what to steer and how strongly; hold it as an adapter; attach it to a live model.
+
+The modules, in the order in which a run needs them:
+
+    sites, architectures, tensors, fingerprint       what can be steered, in which model
+    pairs, tokens, batches, packing, layouts         contrastive pairs, laid out for a model
+    reading, capture, memory                         their activations, each token once
+    momentum, stream, run_state, state_file,
+    distributed, localization, ranking               which units tell positive from negative
+    neutral, evaluate, fluency, intervals, measure   what a steering does, for good and bad
+    strength, resumable, sweep, halving, choice,
+    untrained                                        strengths without training
+    gains, objective, train, checkpointing, trained  strengths by gradient
+    candidates, search, fit, outcome                 the fit, and its report
+    predictor, steered_site, config, adapter, card,
+    loading, attach                                  the adapter, on disk and on a live model
+    contributions, composition, composition_budget   several behaviours in one adapter
+    unembedding, analysis                            what a unit does
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What each steered unit does by itself: the analyses of arXiv 2602.04428 on an adapter.
+"""What each steered unit does by itself.
 
-The paper steers single units and compares the output distributions by KL, and reads a unit's
-column of the weights through the unembedding. Ours: the units are an adapter's strongest, each
-steered as the adapter steers it, and the text is sampled from the base model.
+After arXiv 2602.04428, by which single units control distinct token distributions. Ours: how
+distinct is measured by KL, the units are an adapter's strongest, each steered as the adapter
+steers it, and the text is sampled from the base model.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError
+from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import SiteSteer, steering_hooks, transformed
-from austeer.adapters.batches import token_limit
-from austeer.adapters.candidates import Progress
-from austeer.adapters.capture import evaluating
 from austeer.adapters.composition import check_base
 from austeer.adapters.neutral import TokenText, sample_neutral
+from austeer.adapters.reading import evaluating
 from austeer.adapters.sites import Site
 from austeer.adapters.steered_site import SteeredSite
+from austeer.adapters.tokens import token_limit
 from austeer.adapters.unembedding import TokenScore, top_tokens, unit_logits
 
 _BYTES = 1 << 28  # of logits, and of log-probabilities, kept at a time

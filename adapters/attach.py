@@ -23,7 +23,11 @@ def rescale(
     index: Int[Tensor, " k"],
     gain: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "*tokens D"]:
-    """Multiply x[..., index] by `gain` in float32, rounded once to x's dtype."""
+    """Multiply x[..., index] by `gain` in float32, rounded once to x's dtype.
+
+    Index and gain may lie on another device: a model may be spread over several.
+    """
+    index = index.to(x.device)
     selected = x.index_select(-1, index).float()
     return x.index_copy(-1, index, (selected * gain(selected)).to(x.dtype))
 
@@ -33,7 +37,7 @@ def constant_gain(
 ) -> Callable[[Tensor], Tensor]:
     """gain(x) = 1 + scale · γ."""
     value = 1.0 + scale * gamma
-    return lambda _: value
+    return lambda selected: value.to(selected.device)
 
 
 def adaptive_gain(
@@ -47,8 +51,10 @@ def adaptive_gain(
     amount = scale * gamma
 
     def gain(selected: Tensor) -> Tensor:
-        phi = PHI_MAX * torch.sigmoid((selected @ V + b) @ U - PHI_SHIFT)
-        return 1.0 + amount * phi
+        there = selected.device
+        t = selected @ V.to(there) + b.to(there)
+        phi = PHI_MAX * torch.sigmoid(t @ U.to(there) - PHI_SHIFT)
+        return 1.0 + amount.to(there) * phi
 
     return gain
 
@@ -112,6 +118,25 @@ def transformed(model: nn.Module, hookpoint: Hookpoint, steer: Steer) -> Iterato
         handle.remove()
 
 
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward inside the context; its hooks stay in effect."""
+    attributes = vars(module)
+    own = attributes.get("forward")
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        if own is not None:
+            attributes["forward"] = own
+
+
+def first_output(output: Any) -> Any:
+    """The hidden states of a layer: older ones return (hidden, ...), newer ones those alone."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def find_module(model: nn.Module, path: str) -> nn.Module:
     """The submodule at `path`.
 
@@ -127,7 +152,5 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _on_first(output: Any, steer: Steer) -> Any:
-    # Older decoder layers return (hidden, ...), newer ones the hidden states alone.
-    if isinstance(output, tuple):
-        return (steer(output[0]), *output[1:])
-    return steer(output)
+    steered = steer(first_output(output))
+    return (steered, *output[1:]) if isinstance(output, tuple) else steered

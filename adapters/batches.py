@@ -9,28 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from austeer.adapters.tokens import (
-    MAX_TOKENS,
-    PairTokens,
-    plan_batches,
-    token_limit,
-    tokenize_pairs,
-)
-
-__all__ = [
-    "MAX_TOKENS",
-    "Branch",
-    "PairBatch",
-    "PairTokens",
-    "index_branch",
-    "padded",
-    "plain_batch",
-    "plan_batches",
-    "token_limit",
-    "tokenize_pairs",
-    "tree_batch",
-    "tree_mask",
-]
+from austeer.adapters.tokens import PairTokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)

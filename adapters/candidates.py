@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,6 @@ from austeer.adapters.config import Strength
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.train import Judgement
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 
 HEADROOM = 0.93  # share of the budget a choice may use, so that fresh text stays within it
 
@@ -121,7 +118,3 @@ def best_of(candidates: Sequence[Candidate]) -> Candidate:
     if inside:
         return max(inside, key=lambda candidate: candidate.judgement.margin)
     return min(candidates, key=lambda candidate: candidate.judgement.kl)
-
-
-def silent(_stage: str, _done: int, _total: int) -> None:
-    """The progress of a fit that nobody watches."""

@@ -13,32 +13,16 @@ import torch
 from austeer.adapters._errors import FitError, ModelError
 from austeer.adapters.layouts import (
     Layout,
-    can_share_prompt,
     choose_layout,
     lay_out,
-    make_batch,
 )
 from austeer.adapters.memory import out_of_memory, release_memory, token_budget_for, too_large
-from austeer.adapters.reading import SiteValues, evaluating, read_sites
+from austeer.adapters.reading import SiteValues, read_sites
 from austeer.adapters.sites import Site
 from austeer.adapters.tokens import PairTokens, plan_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = [
-    "Activations",
-    "Capturer",
-    "Layout",
-    "SiteValues",
-    "can_share_prompt",
-    "capture",
-    "choose_layout",
-    "evaluating",
-    "make_batch",
-    "plan_batches",
-    "token_budget_for",
-]
 
 notice = logging.getLogger("austeer")
 

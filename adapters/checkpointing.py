@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from austeer.adapters.architectures import Architecture
-from austeer.adapters.attach import find_module
+from austeer.adapters.attach import find_module, replaced_forward
 from austeer.adapters.sites import Component, Site
 
 LARGE = 1_000_000_000  # parameters from which memory is dearer than a second forward pass
@@ -40,16 +40,10 @@ def gradient_checkpointing(
     """
     count = model.config.num_hidden_layers if enabled else 0
     paths = [architecture.hookpoint(Site(n, Component.LAYER)).module for n in range(count)]
-    layers = [find_module(model, path) for path in paths]
-    own = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = partial(
+    with ExitStack() as stack:
+        for layer in [find_module(model, path) for path in paths]:
+            again = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
+            stack.enter_context(replaced_forward(layer, again))
         yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            layer.__dict__.pop("forward", None)
-            if forward is not None:
-                layer.forward = forward

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from austeer.adapters.batches import PairTokens
-from austeer.adapters.capture import can_share_prompt
 from austeer.adapters.evaluate import batch_pairs
 from austeer.adapters.halving import Choice, successive_halving
+from austeer.adapters.layouts import can_share_prompt
 from austeer.adapters.neutral import TokenText
 from austeer.adapters.sweep import Steering, sweep_kl, sweep_margins
+from austeer.adapters.tokens import PairTokens
 
 
 def choose(

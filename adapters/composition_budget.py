@@ -13,15 +13,16 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError
+from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.candidates import HEADROOM, Progress
-from austeer.adapters.capture import evaluating
+from austeer.adapters.candidates import HEADROOM
 from austeer.adapters.composition import OnOverlap, combine
 from austeer.adapters.contributions import checked_weights
 from austeer.adapters.evaluate import KLMeter
 from austeer.adapters.measure import Share, as_report
 from austeer.adapters.pairs import ContrastivePair
+from austeer.adapters.reading import evaluating
 
 # Fits draw their neutral text from small seeds; this text must be none that an adapter saw.
 _FRESH = 1 << 20
@@ -40,7 +41,7 @@ def combine_within_budget(
     names: Sequence[str] | None = None,
     pairs: Mapping[str, Sequence[ContrastivePair]] | None = None,
     seed: int = 0,
-    sequences: int = 96,
+    sequences: int = 256,
     length: int = 96,
     batch_size: int = 16,
     progress: Progress | None = None,

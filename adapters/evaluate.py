@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from austeer.adapters.batches import PairBatch, PairTokens
-from austeer.adapters.capture import can_share_prompt, make_batch
+from austeer.adapters.batches import PairBatch
 from austeer.adapters.intervals import Measured, ratio_interval
+from austeer.adapters.layouts import can_share_prompt, make_batch
 from austeer.adapters.neutral import TokenText
+from austeer.adapters.tokens import PairTokens
 
 _CACHE_LIMIT = 1 << 30  # bytes of base log-probabilities kept instead of computed again
 

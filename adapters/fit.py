@@ -15,16 +15,17 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError, NoEffectError
+from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.candidates import Candidate, FitOptions, Progress, best_of, silent
-from austeer.adapters.capture import evaluating
+from austeer.adapters.candidates import Candidate, FitOptions, best_of
 from austeer.adapters.config import Strength
 from austeer.adapters.localization import Ranking, localize
 from austeer.adapters.measure import Share, Splits, make_splits, neutral_perplexity
 from austeer.adapters.outcome import no_effect_reason, selected_facts
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, render_pairs
+from austeer.adapters.reading import evaluating
 from austeer.adapters.search import find_candidates
 from austeer.adapters.sites import Component
 

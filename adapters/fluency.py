@@ -8,13 +8,14 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer.adapters._errors import FitError
-from austeer.adapters.batches import token_limit
 from austeer.adapters.evaluate import Steered
 from austeer.adapters.intervals import Measured, bootstrap
 from austeer.adapters.neutral import TokenText, continue_texts
+from austeer.adapters.tokens import token_limit
 
 CONTINUATION = 32  # tokens sampled after a prompt to judge fluency
 
@@ -81,24 +82,37 @@ def _perplexity_ratio(means: Float[np.ndarray, "... 4"]) -> Float[np.ndarray, ..
     return np.asarray(np.exp(means[..., 0] / means[..., 1] - means[..., 2] / means[..., 3]))
 
 
+def continuation_logits(
+    model: PreTrainedModel, prompt: TokenText, sample: TokenText
+) -> Float[Tensor, "n length vocab"]:
+    """Logits from which each token of a continuation is predicted; differentiable.
+
+    Args:
+        model: the model as it is now.
+        prompt: left-padded prompts.
+        sample: what continues each of them.
+    """
+    device = model.device
+    ids = torch.cat([prompt.input_ids.to(device), sample.input_ids.to(device)], dim=1)
+    valid = torch.cat([prompt.valid.to(device), sample.valid.to(device)], dim=1)
+    # Logits of the prompts, of which nothing is scored, can be larger than the model.
+    logits: Tensor = model(
+        input_ids=ids,
+        attention_mask=valid.long(),
+        position_ids=(valid.long().cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=sample.input_ids.shape[1] + 1,
+    ).logits
+    return logits[:, :-1]
+
+
 @torch.no_grad()
 def continuation_surprise(
     model: PreTrainedModel, prompt: TokenText, sample: TokenText
 ) -> Float[np.ndarray, " n"]:
     """−log p(continuation | prompt) in nats under the model as it is now."""
     device = model.device
-    ids = torch.cat([prompt.input_ids.to(device), sample.input_ids.to(device)], dim=1)
-    valid = torch.cat([prompt.valid.to(device), sample.valid.to(device)], dim=1)
-    positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-    # Logits of the prompts, of which nothing is scored, can be larger than the model.
-    logits = model(
-        input_ids=ids,
-        attention_mask=valid.long(),
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=sample.input_ids.shape[1] + 1,
-    ).logits
-    log_probs = logits[:, :-1].float().log_softmax(-1)
+    log_probs = continuation_logits(model, prompt, sample).float().log_softmax(-1)
     picked = log_probs.gather(-1, sample.input_ids.to(device)[..., None])[..., 0]
     surprise = -(picked * sample.valid.to(device)).sum(1)
     return np.asarray(surprise.double().cpu())

@@ -104,23 +104,16 @@ class TrainableGains(nn.Module):
                 yield number, site, rows
 
     def _steer(self, number: int, rows: Int[np.ndarray, " rows"]) -> Callable[[Tensor], Tensor]:
-        index = torch.as_tensor(self._unit[rows])
-        gamma = self.gamma[rows]
+        device = self.gamma.device
+        index, gamma = torch.as_tensor(self._unit[rows], device=device), self.gamma[rows]
         if not self.rank:
-            return lambda x: rescale(
-                x, index.to(x.device), constant_gain(gamma.to(x.device), 1.0)
-            )
-        mean = torch.as_tensor(self._mean[rows], dtype=torch.float32).to(gamma.device)
-        std = torch.as_tensor(self._std[rows], dtype=torch.float32).to(gamma.device)
+            return lambda x: rescale(x, index, constant_gain(gamma, 1.0))
+        mean = torch.as_tensor(self._mean[rows], dtype=torch.float32, device=device)
+        std = torch.as_tensor(self._std[rows], dtype=torch.float32, device=device)
         V = self.V[rows] / std[:, None]
-        parts = (gamma, V, self.b[number] - mean @ V, self.U[:, rows])
-
-        def steer(x: Tensor) -> Tensor:
-            # A model may be spread over several devices.
-            gamma, V, b, U = (part.to(x.device) for part in parts)
-            return rescale(x, index.to(x.device), adaptive_gain(gamma, V, b, U, 1.0))
-
-        return steer
+        b = self.b[number] - mean @ V
+        gain = adaptive_gain(gamma, V, b, self.U[:, rows], 1.0)
+        return lambda x: rescale(x, index, gain)
 
     @torch.no_grad()
     def observe(self) -> None:

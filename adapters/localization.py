@@ -12,15 +12,11 @@ from torch import Tensor
 from austeer.adapters._errors import FitError, PairsError, SiteError
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import find_module
-from austeer.adapters.capture import (
-    Activations,
-    Capturer,
-    Layout,
-    choose_layout,
-    token_budget_for,
-)
+from austeer.adapters.capture import Activations, Capturer
 from austeer.adapters.distributed import processes
 from austeer.adapters.fingerprint import ends_fingerprint
+from austeer.adapters.layouts import Layout, choose_layout
+from austeer.adapters.memory import token_budget_for
 from austeer.adapters.momentum import LayerValues, MomentumCounter
 from austeer.adapters.pairs import ContrastivePair, pairs_digest
 from austeer.adapters.ranking import Ranking, RankingInfo

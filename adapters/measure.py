@@ -13,7 +13,6 @@ from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError
-from austeer.adapters.batches import PairTokens, token_limit, tokenize_pairs
 from austeer.adapters.evaluate import KLMeter, PairSet, Steered, batch_pairs
 from austeer.adapters.fluency import CONTINUATION, FluencyProbe, text_perplexity
 from austeer.adapters.intervals import Measured, grouped_interval
@@ -25,6 +24,7 @@ from austeer.adapters.neutral import (
     start_token,
 )
 from austeer.adapters.pairs import ContrastivePair, group_keys, split_pairs
+from austeer.adapters.tokens import PairTokens, token_limit, tokenize_pairs
 from austeer.adapters.train import Judgement
 
 _FLUENCY_PROMPTS = 64
@@ -139,10 +139,14 @@ class Share:
         return KLMeter(self._model, self.neutral, self._batch_size)
 
     @cached_property
+    def screening_text(self) -> TokenText:
+        """A quarter of the neutral text, for searches."""
+        return self.neutral.rows(slice(0, max(8, len(self.neutral) // 4)))
+
+    @cached_property
     def screen(self) -> KLMeter:
-        """KL on a quarter of the neutral text, for searches."""
-        part = self.neutral.rows(slice(0, max(8, len(self.neutral) // 4)))
-        return KLMeter(self._model, part, self._batch_size)
+        """KL on the screening text."""
+        return KLMeter(self._model, self.screening_text, self._batch_size)
 
     @cached_property
     def base_margins(self) -> Float[np.ndarray, " n"]:

@@ -11,10 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from austeer.adapters.batches import PairBatch, token_limit
+from austeer.adapters.batches import PairBatch
 from austeer.adapters.evaluate import KLMeter, Steered, margins
-from austeer.adapters.fluency import CONTINUATION, continuation_surprise
+from austeer.adapters.fluency import (
+    CONTINUATION,
+    continuation_logits,
+    continuation_surprise,
+)
 from austeer.adapters.neutral import TokenText, continue_texts
+from austeer.adapters.tokens import token_limit
 
 LEAST_SCALE = 4.0  # nats at which a pair counts as mostly won
 _LARGEST_SCALE = 10.0  # some 30 nats are as won as a pair can be
@@ -138,15 +143,5 @@ class Continuations:
     def _logits(self, number: int) -> Float[Tensor, "tokens vocab"]:
         rows = slice(number * _BATCH, (number + 1) * _BATCH)
         prompt, sample = self._prompts.rows(rows), self._text.rows(rows)
-        device = self._model.device
-        ids = torch.cat([prompt.input_ids.to(device), sample.input_ids.to(device)], dim=1)
-        valid = torch.cat([prompt.valid.to(device), sample.valid.to(device)], dim=1)
-        logits = self._model(
-            input_ids=ids,
-            attention_mask=valid.long(),
-            position_ids=(valid.long().cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=sample.input_ids.shape[1] + 1,
-        ).logits
-        kept: Tensor = logits[:, :-1][sample.valid.to(device)]
-        return kept
+        logits = continuation_logits(self._model, prompt, sample)
+        return logits[sample.valid.to(logits.device)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from austeer.adapters._errors import ModelError
 from austeer.adapters.architectures import architecture_of
-from austeer.adapters.attach import find_module
+from austeer.adapters.attach import find_module, first_output
 from austeer.adapters.batches import PairBatch
 from austeer.adapters.packing import PackedBatch, packed_attention
 from austeer.adapters.sites import Component, Site
@@ -114,8 +114,7 @@ class _Reader:
         return module.register_forward_hook(lambda *call: self._keep(site, call[2]))
 
     def _keep(self, site: Site, found: Any) -> None:
-        # Older decoder layers return (hidden, ...), newer ones the hidden states alone.
-        x = found[0] if isinstance(found, tuple) else found
+        x = first_output(found)
         if site.layer == self._narrow_layer and site.component is not Component.LAYER:
             positive, negative = x[0].chunk(2)
         else:

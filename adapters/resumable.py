@@ -12,7 +12,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from austeer.adapters.architectures import architecture_of
-from austeer.adapters.attach import SiteSteer, find_module
+from austeer.adapters.attach import (
+    SiteSteer,
+    find_module,
+    first_output,
+    replaced_forward,
+)
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.steered_site import SteeredSite
 
@@ -87,7 +92,7 @@ class ResumableDecoder:
             hidden = self._run(*divmod(start, len(PLACES)), steering)
             return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
 
-        with _replaced_forward(self._decoder, forward):
+        with replaced_forward(self._decoder, forward):
             yield
 
     def once(self, measure: Callable[[], T]) -> T:
@@ -125,7 +130,7 @@ class ResumableDecoder:
 
     def _call(self, number: int, hidden: Tensor) -> Tensor:
         arguments, named = self._calls[number]
-        found: Tensor = _first(self._layers[number](hidden, *arguments, **named))
+        found: Tensor = first_output(self._layers[number](hidden, *arguments, **named))
         return found
 
     def _count(self, *_: Any) -> None:
@@ -142,7 +147,7 @@ class ResumableDecoder:
         self._calls[number] = (given[1:], named)
         for layer, place in self._starts:
             if layer == number and place == _LAYER:
-                self._outputs[number] = _first(output)
+                self._outputs[number] = first_output(output)
             elif layer == number:
                 self._inputs[number] = given[0]
 
@@ -181,7 +186,7 @@ class _Block:
                 return (found, *self._output[1:])
             return found
 
-        with _replaced_forward(self._module, forward):
+        with replaced_forward(self._module, forward):
             yield
 
     def _keep_projected(self, _: Any, arguments: tuple[Any, ...]) -> None:
@@ -189,22 +194,3 @@ class _Block:
 
     def _keep_output(self, _: Any, __: Any, output: Any) -> None:
         self._output = output
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another forward inside the context; its hooks stay in effect."""
-    attributes = vars(module)
-    own = attributes.get("forward")
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        del attributes["forward"]
-        if own is not None:
-            attributes["forward"] = own
-
-
-def _first(output: Any) -> Any:
-    # Older decoder layers return (hidden, ...), newer ones the hidden states alone.
-    return output[0] if isinstance(output, tuple) else output

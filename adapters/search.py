@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from austeer.adapters._errors import FitError
-from austeer.adapters.candidates import Candidate, FitOptions, Progress
+from austeer.adapters._progress import Progress
+from austeer.adapters.candidates import Candidate, FitOptions
 from austeer.adapters.localization import Ranking
 from austeer.adapters.measure import Share
 from austeer.adapters.trained import trained_candidates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ from austeer.adapters.steered_site import SteeredSite
 if TYPE_CHECKING:
     from austeer.adapters.localization import Ranking
 
-_LEAST_ALPHA, _LARGEST_ALPHA = 0.125, 1024.0
+_LARGEST_ALPHA = 1024.0
 _FIRST_ALPHA, _GENTLEST_ALPHA = 0.5, 1e-4
 _AIM, _ENOUGH = 0.97, 0.93  # share of the limit that a proposal aims at, and that ends a search
 _LARGEST_STEP = 8.0
@@ -52,30 +51,6 @@ def constant_sites(
         SteeredSite(site, table.unit[rows].astype(np.int64), values[rows].astype(np.float32))
         for site, rows in table.by_site().items()
     ]
-
-
-def alphas_within(within: Callable[[float], bool]) -> list[float]:
-    """Values of α inside the budget: doubled until it breaks, then bisected four times.
-
-    α ends at 1024: beyond the paper's largest (100), a longer search finds nothing new. Where
-    even the least α breaks the budget, one below it is returned all the same.
-    """
-    inside: list[float] = []
-    alpha = _LEAST_ALPHA
-    while within(alpha):
-        inside.append(alpha)
-        alpha *= 2
-        if alpha > _LARGEST_ALPHA:
-            return inside
-    low, high = (inside[-1] if inside else alpha / 8), alpha
-    for _ in range(4):
-        middle = (low * high) ** 0.5
-        if within(middle):
-            inside.append(middle)
-            low = middle
-        else:
-            high = middle
-    return inside or [low]
 
 
 class AlphaSearch:

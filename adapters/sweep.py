@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.capture import evaluating
 from austeer.adapters.evaluate import PairSet, margins, selected_logits
 from austeer.adapters.neutral import TokenText
+from austeer.adapters.reading import evaluating
 from austeer.adapters.resumable import PLACES, ResumableDecoder, depth_of
 from austeer.adapters.steered_site import SteeredSite
 

@@ -8,8 +8,9 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from austeer.adapters._progress import Progress, silent
 from austeer.adapters.architectures import architecture_of
-from austeer.adapters.candidates import HEADROOM, Candidate, FitOptions, Progress, silent
+from austeer.adapters.candidates import HEADROOM, Candidate, FitOptions
 from austeer.adapters.checkpointing import gradient_checkpointing, is_large
 from austeer.adapters.config import Strength
 from austeer.adapters.gains import TrainableGains, UnitStart

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from austeer.adapters._progress import Progress
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.candidates import HEADROOM, Candidate, FitOptions, Progress
+from austeer.adapters.candidates import HEADROOM, Candidate, FitOptions
 from austeer.adapters.choice import choose
 from austeer.adapters.evaluate import Steered
 from austeer.adapters.localization import Ranking
@@ -84,12 +85,11 @@ def _largest_alphas(
     progress: Progress,
 ) -> list[float]:
     """For each table the largest α within the budget, on a quarter of the neutral text."""
-    screen = validation.neutral.rows(slice(0, max(8, len(validation.neutral) // 4)))
     searches = [AlphaSearch(options.kl_budget * HEADROOM) for _ in directions]
     while unfinished := [n for n, search in enumerate(searches) if not search.done]:
         progress("strengths", len(searches) - len(unfinished), len(searches))
         steerings = [directions[n].sites(searches[n].propose()) for n in unfinished]
-        sums, counts = sweep_kl(model, screen, steerings, options.batch_size)
+        sums, counts = sweep_kl(model, validation.screening_text, steerings, options.batch_size)
         for number, kl in zip(unfinished, sums.sum(axis=1) / counts.sum(), strict=True):
             searches[number].tell(float(kl))
     progress("strengths", len(searches), len(searches))

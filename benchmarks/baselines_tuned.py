@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,9 +10,9 @@ from baselines import Setting
 
 from austeer.adapters.evaluate import Steered
 from austeer.adapters.measure import Share
-from austeer.adapters.strength import alphas_within
 from austeer.adapters.train import Judgement
 
+_LEAST_ALPHA, _LARGEST_ALPHA = 0.125, 1024.0
 _REFINED = 3  # settings whose strength is refined on the whole neutral text
 _FINE = 1.05  # factor of that refinement
 _FINE_STEPS = 16
@@ -79,3 +79,27 @@ class Tuner:
 
     def _steered(self, number: int, alpha: float) -> Steered:
         return lambda: self._settings[number].at(alpha)
+
+
+def alphas_within(within: Callable[[float], bool]) -> list[float]:
+    """Values of α inside the budget: doubled until it breaks, then bisected four times.
+
+    α ends at 1024: beyond the paper's largest (100), a longer search finds nothing new. Where
+    even the least α breaks the budget, one below it is returned all the same.
+    """
+    inside: list[float] = []
+    alpha = _LEAST_ALPHA
+    while within(alpha):
+        inside.append(alpha)
+        alpha *= 2
+        if alpha > _LARGEST_ALPHA:
+            return inside
+    low, high = (inside[-1] if inside else alpha / 8), alpha
+    for _ in range(4):
+        middle = (low * high) ** 0.5
+        if within(middle):
+            inside.append(middle)
+            low = middle
+        else:
+            high = middle
+    return inside or [low]

@@ -29,7 +29,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from austeer.adapters import Strength, load_model, load_tokenizer, localize, read_pairs
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.batches import PairTokens, tokenize_pairs
 from austeer.adapters.choice import choose
 from austeer.adapters.evaluate import KLMeter, batch_pairs
 from austeer.adapters.intervals import mean_interval
@@ -37,6 +36,7 @@ from austeer.adapters.neutral import TokenText, sample_neutral
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.strength import AlphaSearch, constant_sites, unit_direction
 from austeer.adapters.sweep import sweep_kl, sweep_margins
+from austeer.adapters.tokens import PairTokens, tokenize_pairs
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 COUNTS = (4, 8, 16, 32, 64)

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure every cell that `options.out` does not hold yet."""
     import torch
     from quality_cases import all_cases
-    from quality_methods import METHODS
+    from quality_table import METHODS
 
     from austeer.adapters.candidates import FitOptions
 

@@ -21,11 +21,11 @@ from austeer.adapters import (
     localize,
     read_pairs,
 )
-from austeer.adapters.batches import token_limit, tokenize_pairs
 from austeer.adapters.candidates import FitOptions
 from austeer.adapters.capture import capture
 from austeer.adapters.measure import Share, Splits, make_splits
 from austeer.adapters.pairs import ContrastivePair, iter_pairs, split_pairs
+from austeer.adapters.tokens import token_limit, tokenize_pairs
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SUBSET = 240  # pairs of a set of a thousand: 160 to fit and choose, 80 to report

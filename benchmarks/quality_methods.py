@@ -18,6 +18,7 @@ from baselines_trained import (
 )
 from baselines_tuned import Tuner
 from quality_cases import Bench
+from quality_table import OURS, TRAINED, UNTRAINED
 from quality_text import TextProbe
 
 from austeer.adapters import Component, NoEffectError, Strength, fit_strength
@@ -29,10 +30,6 @@ from austeer.adapters.trained import Trainer
 
 UNITS = 64
 PROBE_BUDGET = 0.1  # at which places and learning rates of trained baselines are compared
-OURS = ("paper", "oriented", "fitted", "adaptive")
-UNTRAINED = ("ITI", "CAA", "SADI")
-TRAINED = ("vector", "IA3", "LoRA")
-METHODS = (*OURS, *UNTRAINED, *TRAINED)
 
 
 @dataclass(frozen=True, slots=True)

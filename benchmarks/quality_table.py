@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-METHODS = (
-    *("paper", "oriented", "fitted", "adaptive"),
-    *("ITI", "CAA", "SADI", "vector", "IA3", "LoRA"),
-)
-UNTRAINED = ("paper", "ITI", "CAA", "SADI")
+OURS = ("paper", "oriented", "fitted", "adaptive")
+UNTRAINED = ("ITI", "CAA", "SADI")
 TRAINED = ("vector", "IA3", "LoRA")
+METHODS = (*OURS, *UNTRAINED, *TRAINED)
+_RIVALS = ("paper", *UNTRAINED)
 _COLORS = {"fitted": "#1f5fbf", "adaptive": "#c8102e", "oriented": "#7aa6e0"}
 
 Cell = dict[str, Any]
@@ -135,9 +134,9 @@ def verdicts(group: Group) -> Iterator[str]:
     """What the comparison has to show, and whether it does."""
     has = set(group.methods)
     if "fitted" in has:
-        yield from (_larger(group, "fitted", rival) for rival in UNTRAINED if rival in has)
+        yield from (_larger(group, "fitted", rival) for rival in _RIVALS if rival in has)
     if "adaptive" in has:
-        rivals = [rival for rival in UNTRAINED if rival in has]
+        rivals = [rival for rival in _RIVALS if rival in has]
         if rivals:
             best = max(rivals, key=lambda rival: group.values(rival, "margin_gain").mean())
             yield _larger(group, "adaptive", best, 3.0)

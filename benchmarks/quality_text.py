@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from austeer.adapters.batches import token_limit
 from austeer.adapters.evaluate import Steered
 from austeer.adapters.fluency import CONTINUATION
 from austeer.adapters.intervals import mean_interval
 from austeer.adapters.neutral import TokenText, continue_texts, encode_prompts
+from austeer.adapters.tokens import token_limit
 
 PROMPTS = 64
 _BATCH = 32

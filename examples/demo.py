@@ -20,7 +20,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from austeer.exporter.products import Progress
+from austeer.adapters._progress import Progress
 from austeer.exporter.routes import Route
 from austeer.exporter.run import RunReport, run_job
 from austeer.exporter.settings import BaseOptions, RunOptions

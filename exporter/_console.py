@@ -6,15 +6,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 import click
 
 from austeer.adapters._errors import AusteerError
-
-Progress = Callable[[str, int, int], None]
+from austeer.adapters._progress import Progress
 
 
 class TranslatingGroup(click.Group):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from austeer.adapters.composition import OnOverlap
 from austeer.exporter._console import print_json, print_table, progress_on_terminal
 from austeer.exporter._options import base_options, chosen_base, json_option, out_option
 from austeer.exporter.settings import BaseOptions
-
-_OVERLAP_RULES = ("sum", "strongest", "refuse")
 
 
 @click.command()
@@ -62,7 +61,7 @@ def show(adapter: str, model: str | None, units: int, as_json: bool, **options: 
 )
 @click.option(
     "--on-overlap",
-    type=click.Choice(_OVERLAP_RULES),
+    type=click.Choice(get_args(OnOverlap)),
     default="sum",
     show_default=True,
     help="A unit steered twice: sum adds gains, and refuses those that read the input; "

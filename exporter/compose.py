@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from austeer.adapters._errors import FitError
 from austeer.adapters._files import check_output_free
+from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.contributions import checked_weights
 from austeer.adapters.pairs import read_pairs
@@ -18,7 +19,6 @@ from austeer.exporter.settings import BaseOptions
 if TYPE_CHECKING:
     from austeer.adapters.composition import OnOverlap
 
-Progress = Callable[[str, int, int], None]
 
 PART_HEADER = ("adapter", "strength", "weight", "weight kept", "KL alone")
 OVERLAP_HEADER = ("site", "unit", "γ of each", "directions", "kept")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from austeer.adapters._errors import ModelError
 from austeer.adapters._files import check_output_free, publish_directory
+from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
 from austeer.exporter.routes import Route, check_routes, route_of
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from austeer.exporter.verify import ParityReport
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 NEUTRAL_PROMPTS = (
     "Once upon a time",
@@ -32,10 +31,6 @@ NEUTRAL_PROMPTS = (
     "In the middle of the table there was a",
 )
 _VERIFIED_PAIRS = 12
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Report no progress."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

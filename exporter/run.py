@@ -14,6 +14,7 @@ from typing import Any
 
 from austeer.adapters._errors import NoEffectError
 from austeer.adapters._files import publish_directory
+from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.distributed import launched
 from austeer.adapters.fingerprint import checkpoint_reader, fingerprint
@@ -23,13 +24,7 @@ from austeer.adapters.measure import make_splits
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.describe import beta_ranges
-from austeer.exporter.products import (
-    Progress,
-    load_base,
-    make_product,
-    silent,
-    verification_prompts,
-)
+from austeer.exporter.products import load_base, make_product, verification_prompts
 from austeer.exporter.report import build_report, write_report
 from austeer.exporter.samples import before_and_after
 from austeer.exporter.settings import Handling, RunOptions

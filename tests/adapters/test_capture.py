@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples import some_tokens
 
 from austeer.adapters import Component, FitError, ModelError, Site
 from austeer.adapters.capture import Capturer, capture
@@ -25,18 +26,6 @@ TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},
     torch.bfloat16: {"rtol": 0.05, "atol": 0.1},
 }
-
-
-def some_tokens(lengths: Sequence[tuple[int, int, int]]) -> list[PairTokens]:
-    generator = torch.Generator().manual_seed(1)
-
-    def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(4, 40, (count,), generator=generator).tolist())
-
-    return [
-        PairTokens(ids(prefix), ids(positive), ids(negative), f"f:{number}")
-        for number, (prefix, positive, negative) in enumerate(lengths)
-    ]
 
 
 TOKENS = some_tokens([(40, 10, 20), (0, 30, 2), (19, 22, 32), (3, 1, 1), (50, 1, 9)])

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from austeer.adapters import Component, Site
-from austeer.adapters.batches import PairTokens
 from austeer.adapters.choice import choose
 from austeer.adapters.evaluate import batch_pairs
 from austeer.adapters.intervals import mean_interval
 from austeer.adapters.neutral import TokenText
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.sweep import sweep_kl, sweep_margins
+from austeer.adapters.tokens import PairTokens
 
 CANDIDATES = [
     [SteeredSite(Site(1, Component.FFN), np.arange(k), alpha * np.linspace(1, -1, k))]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from samples import random_site
 
 from austeer.adapters import (
     AdapterError,
     Component,
-    Predictor,
     Site,
     SteeredSite,
     SteeringAdapter,
@@ -30,13 +30,7 @@ def adapter(
 ) -> SteeringAdapter:
     rng, sites = np.random.default_rng(seed), []
     for (layer, component), chosen in units.items():
-        k = len(chosen)
-        shapes = ((k, rank), (rank,), (rank, k))
-        weights = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-        gamma = rng.normal(size=k).astype(np.float32)
-        predictor = Predictor(*weights) if rank else None
-        site = Site(layer, Component(component))
-        sites.append(SteeredSite(site, np.array(chosen), gamma, predictor))
+        sites.append(random_site(Site(layer, Component(component)), chosen, rank, rng))
     strength = Strength.ADAPTIVE if rank else Strength.FITTED
     return SteeringAdapter.from_sites(model, sites, strength)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import random_site
 
 from austeer.adapters import (
     AdapterConfig,
     AdapterError,
     Component,
-    Predictor,
     Site,
     SteeredSite,
     SteeringAdapter,
@@ -31,11 +31,7 @@ X = RNG.normal(size=(50, WIDTH)).astype(np.float32)
 
 
 def part(units: Sequence[int], rank: int = 0, seed: int = 0, site: Site = SITE) -> SteeredSite:
-    rng, k = np.random.default_rng(seed), len(units)
-    shapes = ((k, rank), (rank,), (rank, k))
-    weights = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    gamma = rng.normal(size=k).astype(np.float32)
-    return SteeredSite(site, np.array(units), gamma, Predictor(*weights) if rank else None)
+    return random_site(site, units, rank, np.random.default_rng(seed))
 
 
 def adapter(*sites: SteeredSite) -> SteeringAdapter:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from austeer.adapters.batches import tokenize_pairs
 from austeer.adapters.evaluate import KLMeter, batch_pairs
 from austeer.adapters.neutral import encode_texts, sample_neutral
 from austeer.adapters.pairs import ContrastivePair
+from austeer.adapters.tokens import tokenize_pairs
 
 ALL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
 PAIRS = [

@@ -8,28 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from samples import some_tokens
 
 from austeer.adapters import Component, FitError, ModelError, Site
 from austeer.adapters.capture import capture
 from austeer.adapters.layouts import can_share_prompt, choose_layout, lay_out
-from austeer.adapters.tokens import PairTokens
 
 TinyModel = Callable[..., Any]
 SITES = [Site(layer, component) for layer in range(2) for component in Component]
 WINDOWED = ("mistral", "phi3", "gemma2", "qwen2", "qwen3")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
-
-
-def some_tokens(lengths: Sequence[tuple[int, int, int]]) -> list[PairTokens]:
-    generator = torch.Generator().manual_seed(1)
-
-    def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(4, 40, (count,), generator=generator).tolist())
-
-    return [
-        PairTokens(ids(prefix), ids(positive), ids(negative), f"f:{number}")
-        for number, (prefix, positive, negative) in enumerate(lengths)
-    ]
 
 
 TOKENS = some_tokens([(40, 10, 20), (0, 30, 2), (19, 22, 32), (3, 1, 1), (50, 1, 9)])

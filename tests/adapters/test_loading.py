@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from austeer.adapters import (
@@ -349,7 +350,9 @@ def test_unusable_device_maps(saved_model: SaveModel, monkeypatch: pytest.Monkey
     if importlib.util.find_spec("accelerate"):
         said = refusal(load_model, folder, device_map={"": "disk"})
         # transformers 4.57 refuses a map to disk alone before we can.
-        assert "offloads the token embedding" in said or "cannot load the model" in said
+        ours = int(transformers.__version__.split(".")[0]) >= 5
+        expected = "offloads the token embedding" if ours else "cannot load the model"
+        assert expected in said
         assert "transformers cannot load" in refusal(load_model, folder, device_map="sideways")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install accelerate" in refusal(load_model, folder, device_map="auto")

@@ -12,7 +12,6 @@ import pytest
 from austeer.adapters import Component, Site, Strength, UnitTable
 from austeer.adapters.strength import (
     AlphaSearch,
-    alphas_within,
     constant_sites,
     unit_direction,
 )
@@ -50,22 +49,6 @@ def test_keep_sign_stops_at_zero_gain() -> None:
     sites = constant_sites(TABLE, np.array([0.1, -2.0, -0.5]), keep_sign=True)
     assert sites[0].gamma.tolist() == [-1.0]
     assert np.allclose(sites[1].gamma, [-0.5, 0.1])
-
-
-def test_alphas_come_close_to_the_budget_and_stay_within() -> None:
-    for limit in (0.2, 1.0, 3.3, 700.0):
-        found = alphas_within(lambda alpha, limit=limit: alpha <= limit)
-        assert max(found) <= limit
-        assert max(found) > 0.9 * limit
-
-
-def test_alphas_end_where_the_budget_never_breaks() -> None:
-    assert max(alphas_within(lambda alpha: True)) == 1024.0
-
-
-def test_a_budget_that_breaks_at_once_still_gives_an_alpha() -> None:
-    (alpha,) = alphas_within(lambda alpha: False)
-    assert 0 < alpha < 0.125
 
 
 def searched(kl_of: Callable[[float], float], limit: float) -> tuple[AlphaSearch, int]:

@@ -12,11 +12,11 @@ import torch
 from austeer.adapters import Component, Predictor, Site
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.batches import PairTokens
 from austeer.adapters.evaluate import KLMeter, PairSet, batch_pairs
 from austeer.adapters.neutral import TokenText
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.sweep import Steering, measure_each, sweep_kl, sweep_margins
+from austeer.adapters.tokens import PairTokens
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
 LAYERS = 3

@@ -14,12 +14,12 @@ from torch import nn
 from austeer.adapters import Component, FitError, Site
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import transformed
-from austeer.adapters.batches import tokenize_pairs
 from austeer.adapters.evaluate import KLMeter, batch_pairs
 from austeer.adapters.gains import TrainableGains, UnitStart
 from austeer.adapters.neutral import sample_neutral
 from austeer.adapters.objective import Objective
 from austeer.adapters.pairs import ContrastivePair
+from austeer.adapters.tokens import tokenize_pairs
 from austeer.adapters.train import Judgement, Limits, TrainOptions, train
 
 PAIRS = [

@@ -423,3 +423,19 @@ def test_results_are_resumed_by_key(tmp_path: Path) -> None:
     rows = [cell("ITI", "a", 1.0), cell("ITI", "a", 2.0), cell("CAA", "a", 3.0)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row["test"]["margin_gain"] for row in quality.read_cells(path)] == [2.0, 3.0]
+
+
+def test_alphas_come_close_to_the_budget_and_stay_within() -> None:
+    for limit in (0.2, 1.0, 3.3, 700.0):
+        found = tuned.alphas_within(lambda alpha, limit=limit: alpha <= limit)
+        assert max(found) <= limit
+        assert max(found) > 0.9 * limit
+
+
+def test_alphas_end_where_the_budget_never_breaks() -> None:
+    assert max(tuned.alphas_within(lambda alpha: True)) == 1024.0
+
+
+def test_a_budget_that_breaks_at_once_still_gives_an_alpha() -> None:
+    (alpha,) = tuned.alphas_within(lambda alpha: False)
+    assert 0 < alpha < 0.125

@@ -161,7 +161,7 @@ def test_combine_keeps_the_budget(
     second = save("second", "attention", (0, 3, 9.0), (1, 5, -8.0))
     command = ("combine", first, second, "--base", base, "--kl-budget", 0.02)
     report = as_json(invoke(*command, "-o", tmp_path / "out", "--json"))
-    assert report["factor"] < 1 and report["kl"] < 0.03 < report["kl_unscaled"]
+    assert report["factor"] < 1 and report["kl"] < 0.022 < report["kl_unscaled"]
     text = invoke(*command, "-o", tmp_path / "again").stdout
     assert "all weights × " in text and "at a budget of 0.02" in text
     assert "KL alone" in text
