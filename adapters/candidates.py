@@ -49,7 +49,7 @@ class FitOptions:
     fluency_limit: float = 1.3
     rank: int = 1
     keep_sign: bool = False
-    steps: int = 120
+    steps: int = 200
     learning_rate: float = 0.05
     neutral_sequences: int = 96
     neutral_length: int = 96

@@ -49,7 +49,7 @@ def fit_strength(
     neutral_text: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = 16,
-    steps: int = 120,
+    steps: int = 200,
     progress: Progress | None = None,
 ) -> tuple[SteeringAdapter, dict[str, Any]]:
     """Fit an adapter and report it.

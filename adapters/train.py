@@ -18,6 +18,7 @@ from austeer.adapters.objective import Objective
 
 _START_PRICE = 1.0  # nats of loss that twice the targeted side effect costs, to begin with
 _LEAST_PRICE = 0.02
+_BETAS = (0.9, 0.95)  # a budget that is broken now and then must not slow every later step
 _LEAST_SHARE = 0.5  # of the last steering that is tried where all of it breaks a limit
 _TRIES = 6
 
@@ -58,7 +59,7 @@ class TrainOptions:
         seed: of the order of batches.
     """
 
-    steps: int = 120
+    steps: int = 200
     learning_rate: float = 0.05
     judge_every: int = 10
     patience: int = 6
@@ -156,7 +157,7 @@ def train(
     Raises:
         FitError: a loss is not finite any more.
     """
-    optimizer = torch.optim.Adam(steering.parameters(), lr=options.learning_rate)
+    optimizer = torch.optim.Adam(steering.parameters(), lr=options.learning_rate, betas=_BETAS)
     order = np.random.default_rng(options.seed)
     prices = {name: _Price() for name in objective.targets}
     best, within, stale, step = _Best(steering, limits), False, 0, 0

@@ -23,8 +23,8 @@ from austeer.adapters.train import Judgement, Limits, Trainable, Trained, TrainO
 
 _TRAIN_SHARE = 0.88  # share of the budget that training aims at
 _START_ALPHA = 0.3  # α of the oriented gains that training starts from
-_WIDTH = 16  # units at the start, as a multiple of those that stay
-_PRUNED_BY = 0.4  # share of the steps after which no unit is pruned any more
+_WIDTH = 64  # units at the start, as a multiple of those that stay
+_PRUNED_BY = 0.6  # share of the steps after which no unit is pruned any more
 _PRUNINGS = 6
 
 

@@ -2,7 +2,7 @@
 
 Loss, data, steps, budgets and judge are those of `fitted` and `adaptive`: every baseline is a
 `Trainable`. Places, then learning rates at the best place, are compared on validation data with
-a quarter of the steps; what won is then trained in full.
+a fifth of the steps; what won is then trained in full.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from austeer.adapters.architectures import Architecture
 from austeer.adapters.attach import transformed
 from austeer.adapters.trained import Trainer
 
-_PROBE_SHARE = 0.25
+_PROBE_SHARE = 0.2
 # The first rate of each compares the places.
 _VECTOR_RATES = (0.05, 0.1)
 _IA3_RATES = (0.1, 0.2)
@@ -195,7 +195,7 @@ def lora_baseline(model: PreTrainedModel, seed: int) -> Baseline:
 
 
 def choose(trainer: Trainer, baseline: Baseline, steps: int) -> tuple[str, float]:
-    """Place and learning rate with the best validation margin after a quarter of `steps`."""
+    """Place and learning rate with the best validation margin after a fifth of `steps`."""
     short = max(1, round(steps * _PROBE_SHARE))
 
     def worth(choice: tuple[str, float]) -> tuple[bool, float]:

@@ -68,13 +68,22 @@ def _run_case(case: Any, keys: Sequence[tuple[Any, ...]], options: argparse.Name
 
 
 def environment() -> dict[str, str]:
-    """Date, machine and versions behind a cell."""
+    """Date, machine, versions and revision behind a cell."""
     import platform
+    import subprocess
 
     import torch
     import transformers
 
+    described = subprocess.run(
+        ("git", "describe", "--always", "--dirty"),
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {
+        "revision": described.stdout.strip() or "unknown",
         "date": str(datetime.date.today()),
         "machine": platform.machine(),
         "torch": torch.__version__,

@@ -29,7 +29,6 @@ from austeer.adapters.train import Judgement
 from austeer.adapters.trained import Trainer
 
 UNITS = 64
-PROBE_BUDGET = 0.1  # at which places and learning rates of trained baselines are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +50,12 @@ class Comparison:
     def __init__(self, bench: Bench, steps: int) -> None:
         self._bench, self._steps = bench, steps
         self._tuner: Callable[[str], Tuner] = cache(self._make_tuner)
-        self._choice: Callable[[str], tuple[str, float]] = cache(self._make_choice)
+        self._choice: Callable[[str, float], tuple[str, float]] = cache(self._make_choice)
 
     def cell(self, method: str, budget: float) -> dict[str, Any]:
         """Fit `method` within `budget` nats per token and report it on the test split."""
         prepared = time.process_time()
-        self._prepare(method)
+        self._prepare(method, budget)
         started = time.process_time()
         if method in OURS:
             found = self._ours(Strength(method), budget)
@@ -67,13 +66,13 @@ class Comparison:
         spent = {"prepare": started - prepared, "fit": time.process_time() - started}
         return found | {f"{name}_seconds": round(value, 1) for name, value in spent.items()}
 
-    def _prepare(self, method: str) -> None:
-        """What all budgets share: rankings, probes, mean differences, the base's own text."""
+    def _prepare(self, method: str, budget: float) -> None:
+        """Rankings, mean differences and the base's own text; probes at this budget."""
         _ = self._texts, self._bench.ranking
         if method in UNTRAINED:
             self._tuner(method)
         elif method in TRAINED:
-            self._choice(method)
+            self._choice(method, budget)
 
     @cached_property
     def _texts(self) -> TextProbe:
@@ -117,7 +116,7 @@ class Comparison:
         return self._measured(tuned.steered(), cost, setting, tuned.judgement, tuned.within)
 
     def _trained(self, method: str, budget: float) -> dict[str, Any]:
-        place, rate = self._choice(method)
+        place, rate = self._choice(method, budget)
         steering = self._baseline(method).places[place]()
         model = self._bench.model
         architecture = architecture_of(model.config.model_type)
@@ -157,8 +156,8 @@ class Comparison:
         }
         return Tuner(list(settings[method]()), bench.validation)
 
-    def _make_choice(self, method: str) -> tuple[str, float]:
-        return choose(self._trainer(PROBE_BUDGET), self._baseline(method), self._steps)
+    def _make_choice(self, method: str, budget: float) -> tuple[str, float]:
+        return choose(self._trainer(budget), self._baseline(method), self._steps)
 
     def _baseline(self, method: str) -> Baseline:
         model, seed = self._bench.model, self._bench.seed

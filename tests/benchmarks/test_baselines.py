@@ -359,7 +359,7 @@ def test_choose_prefers_what_keeps_the_budget() -> None:
         return SimpleNamespace(place=place, remove=lambda: removed.append(place))
 
     def run(steering: Any, *, steps: int, learning_rate: float) -> Any:
-        assert steps == 25
+        assert steps == 20
         margin = margins[steering.place, learning_rate]
         return SimpleNamespace(
             within=steering.place == "near", judgement=Judgement(margin, 0.0)
