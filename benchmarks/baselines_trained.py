@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from austeer.adapters import Component, Site
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.attach import transformed
-from austeer.adapters.trained import Trainer
+from austeer.adapters.fitting.trained import Trainer
 
 _PROBE_SHARE = 0.2
 # The first rate of each compares the places.

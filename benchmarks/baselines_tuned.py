@@ -8,9 +8,8 @@ from functools import cache
 
 from baselines import Setting
 
-from austeer.adapters.evaluate import Steered
-from austeer.adapters.measure import Share
-from austeer.adapters.train import Judgement
+from austeer.adapters.measurement.evaluate import Steered
+from austeer.adapters.measurement.measure import Judgement, Share
 
 _LEAST_ALPHA, _LARGEST_ALPHA = 0.125, 1024.0
 _REFINED = 3  # settings whose strength is refined on the whole neutral text

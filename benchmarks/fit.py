@@ -29,13 +29,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from austeer.adapters import Strength, load_model, load_tokenizer, localize, read_pairs
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.choice import choose
-from austeer.adapters.evaluate import KLMeter, batch_pairs
-from austeer.adapters.intervals import mean_interval
-from austeer.adapters.neutral import TokenText, sample_neutral
+from austeer.adapters.fitting.choice import choose
+from austeer.adapters.fitting.strength import AlphaSearch, constant_sites, unit_direction
+from austeer.adapters.fitting.sweep import sweep_kl, sweep_margins
+from austeer.adapters.measurement.evaluate import KLMeter, batch_pairs
+from austeer.adapters.measurement.intervals import mean_interval
+from austeer.adapters.measurement.neutral import TokenText, sample_neutral
 from austeer.adapters.steered_site import SteeredSite
-from austeer.adapters.strength import AlphaSearch, constant_sites, unit_direction
-from austeer.adapters.sweep import sweep_kl, sweep_margins
 from austeer.adapters.tokens import PairTokens, tokenize_pairs
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -30,10 +30,10 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from austeer.adapters import Component, ContrastivePair, Site, localize
-from austeer.adapters.batches import plain_batch
-from austeer.adapters.capture import Activations, capture
-from austeer.adapters.layouts import Layout
-from austeer.adapters.momentum import MomentumCounter
+from austeer.adapters.activations.batches import plain_batch
+from austeer.adapters.activations.capture import Activations, capture
+from austeer.adapters.activations.layouts import Layout
+from austeer.adapters.localization.momentum import MomentumCounter
 from austeer.adapters.tokens import PairTokens
 
 VOCABULARY = 4096

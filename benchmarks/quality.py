@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     from quality_cases import all_cases
     from quality_table import METHODS
 
-    from austeer.adapters.candidates import FitOptions
+    from austeer.adapters.fitting.candidates import FitOptions
 
     torch.set_num_threads(options.threads)
     steps = options.steps or FitOptions().steps

@@ -21,9 +21,9 @@ from austeer.adapters import (
     localize,
     read_pairs,
 )
-from austeer.adapters.candidates import FitOptions
-from austeer.adapters.capture import capture
-from austeer.adapters.measure import Share, Splits, make_splits
+from austeer.adapters.activations.capture import capture
+from austeer.adapters.fitting.candidates import FitOptions
+from austeer.adapters.measurement.measure import Share, Splits, make_splits
 from austeer.adapters.pairs import ContrastivePair, iter_pairs, split_pairs
 from austeer.adapters.tokens import token_limit, tokenize_pairs
 

@@ -23,10 +23,10 @@ from quality_text import TextProbe
 
 from austeer.adapters import Component, NoEffectError, Strength, fit_strength
 from austeer.adapters.architectures import architecture_of
-from austeer.adapters.candidates import HEADROOM, FitOptions
-from austeer.adapters.evaluate import Steered
-from austeer.adapters.train import Judgement
-from austeer.adapters.trained import Trainer
+from austeer.adapters.fitting.candidates import HEADROOM, FitOptions
+from austeer.adapters.fitting.trained import Trainer
+from austeer.adapters.measurement.evaluate import Steered
+from austeer.adapters.measurement.measure import Judgement
 
 UNITS = 64
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from austeer.adapters.evaluate import Steered
-from austeer.adapters.fluency import CONTINUATION
-from austeer.adapters.intervals import mean_interval
-from austeer.adapters.neutral import TokenText, continue_texts, encode_prompts
+from austeer.adapters.measurement.evaluate import Steered
+from austeer.adapters.measurement.fluency import CONTINUATION
+from austeer.adapters.measurement.intervals import mean_interval
+from austeer.adapters.measurement.neutral import TokenText, continue_texts, encode_prompts
 from austeer.adapters.tokens import token_limit
 
 PROMPTS = 64

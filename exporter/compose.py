@@ -11,13 +11,15 @@ from austeer.adapters._errors import FitError
 from austeer.adapters._files import check_output_free
 from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.contributions import checked_weights
+from austeer.adapters.composition.contributions import checked_weights
+from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.pairs import read_pairs
+from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.markdown import Row, number
 from austeer.exporter.settings import BaseOptions
 
 if TYPE_CHECKING:
-    from austeer.adapters.composition import OnOverlap
+    from austeer.adapters.composition.combined import OnOverlap
 
 
 PART_HEADER = ("adapter", "strength", "weight", "weight kept", "KL alone")
@@ -36,7 +38,7 @@ class CombineRequest:
         out: new directory.
         weights: factor on every γ of each adapter, empty for 1.
         kl_budget: ceiling of the side effect, nats per token.
-        on_overlap: see `austeer.adapters.composition.combine`.
+        on_overlap: see `austeer.adapters.composition.combined.combine`.
         pairs: files of pairs whose margins are reported.
         batch_size: pairs or texts per forward pass.
         seed: of the neutral text.
@@ -79,7 +81,7 @@ def combine_job(request: CombineRequest, progress: Progress) -> dict[str, Any]:
     loaded = [SteeringAdapter.from_pretrained(name) for name in request.adapters]
     files = {file: read_pairs(file) for file in request.pairs}
 
-    from austeer.adapters.composition_budget import combine_within_budget
+    from austeer.adapters.composition.budget import combine_within_budget
     from austeer.adapters.pairs import render_pairs
     from austeer.exporter.products import load_base
 
@@ -94,6 +96,7 @@ def combine_job(request: CombineRequest, progress: Progress) -> dict[str, Any]:
         kl_budget=request.kl_budget,
         on_overlap=request.on_overlap,
         names=request.adapters,
+        read=checkpoint_reader(loaded[0].architecture, Checkpoint(base.folder)),
         pairs={file: render_pairs(pairs, base.tokenizer) for file, pairs in files.items()},
         seed=request.seed,
         batch_size=request.batch_size,

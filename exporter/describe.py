@@ -12,7 +12,7 @@ from austeer.adapters.steered_site import SteeredSite
 from austeer.exporter.markdown import Row, number
 
 if TYPE_CHECKING:
-    from austeer.adapters.localization import Ranking
+    from austeer.adapters.localization.run import Ranking
     from austeer.exporter.settings import BaseOptions
 
 UNIT_HEADER = ("", "site", "unit", "γ", "mean x", "mean change", "KL", "raises", "lowers")
@@ -78,8 +78,8 @@ def describe_in_base(
         ModelError: the model or its tokenizer cannot be loaded.
         SiteError: a unit or layer that the base does not have.
     """
-    from austeer.adapters.analysis import analyze_units
-    from austeer.adapters.composition import check_fingerprint
+    from austeer.adapters.analysis.units import analyze_units
+    from austeer.adapters.composition.combined import check_fingerprint
     from austeer.adapters.fingerprint import checkpoint_reader
     from austeer.adapters.loading import model_directory
     from austeer.exporter.merge import open_base
@@ -87,14 +87,15 @@ def describe_in_base(
 
     # Here nothing can be forced: the fingerprint is checked by itself, with its own message.
     checkpoint = open_base(model_directory(base.model, base.revision), adapter, force=True)
-    check_fingerprint(adapter, checkpoint_reader(adapter.architecture, checkpoint), name)
+    read = checkpoint_reader(adapter.architecture, checkpoint)
+    check_fingerprint(adapter, read, name)
     if units == 0:
         return {"base_matches": True}
     progress("load the model", 0, 1)
     loaded = load_base(base)
     progress("load the model", 1, 1)
     found = analyze_units(
-        adapter, loaded.model, loaded.tokenizer, units=units, progress=progress
+        adapter, loaded.model, loaded.tokenizer, units=units, read=read, progress=progress
     )
     return {"base_matches": True, "analysis": found.as_dict()}
 

@@ -57,8 +57,8 @@ def load_base(options: BaseOptions) -> Base:
     Raises:
         ModelError: no such model, a malformed one, or several processes and a device map.
     """
-    from austeer.adapters.distributed import launched_size, local_device
     from austeer.adapters.loading import load_model, load_tokenizer, model_directory
+    from austeer.adapters.localization.distributed import launched_size, local_device
 
     if options.device_map is not None and launched_size() > 1:
         raise ModelError(

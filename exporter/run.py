@@ -16,11 +16,11 @@ from austeer.adapters._errors import NoEffectError
 from austeer.adapters._files import publish_directory
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.distributed import launched
 from austeer.adapters.fingerprint import checkpoint_reader, fingerprint
-from austeer.adapters.fit import fit_strength
-from austeer.adapters.localization import Ranking, localize
-from austeer.adapters.measure import make_splits
+from austeer.adapters.fitting.fit import fit_strength
+from austeer.adapters.localization.distributed import launched
+from austeer.adapters.localization.run import Ranking, localize
+from austeer.adapters.measurement.measure import make_splits
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.describe import beta_ranges

@@ -17,11 +17,11 @@ import numpy as np
 from austeer.adapters._errors import FitError, OutputError
 from austeer.adapters._files import check_output_free
 from austeer.adapters._progress import Progress, silent
-from austeer.adapters.distributed import launched
-from austeer.adapters.localization import Ranking, localize
+from austeer.adapters.localization.distributed import launched
+from austeer.adapters.localization.run import Ranking, localize
+from austeer.adapters.localization.state_file import discard_state
 from austeer.adapters.pairs import read_pairs, render_pairs
 from austeer.adapters.sites import Component
-from austeer.adapters.state_file import discard_state
 from austeer.exporter.products import Base, load_base
 from austeer.exporter.settings import BaseOptions
 

@@ -21,6 +21,14 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGES = ("adapters", "graphs", "exporter")
+LAYERS = (
+    "activations",
+    "localization",
+    "measurement",
+    "fitting",
+    "composition",
+    "analysis",
+)  # of adapters; each may import itself and those before it
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "datasets")
 # Each package may import itself and those after it.
 ALLOWED = {
@@ -55,6 +63,20 @@ def test_imports_go_one_way(path: Path) -> None:
         assert parts[0] not in PACKAGES, f"{where}: import austeer.{parts[0]}"
         if parts[0] == "austeer":
             assert parts[1] in ALLOWED[package], f"{where}: against the import direction"
+
+
+@pytest.mark.parametrize("number", range(len(LAYERS)), ids=LAYERS.__getitem__)
+def test_subpackages_of_adapters_are_layers(number: int) -> None:
+    later = {f"austeer.adapters.{name}" for name in LAYERS[number + 1 :]}
+    for path in sorted((REPO / "adapters" / LAYERS[number]).rglob("*.py")):
+        for line, name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            found = ".".join(name.split(".")[:3])
+            assert found not in later, f"{path.relative_to(REPO)}:{line}: {name}"
+
+
+def test_every_subpackage_of_adapters_has_its_layer() -> None:
+    folders = {path.parent.name for path in (REPO / "adapters").glob("*/__init__.py")}
+    assert folders == set(LAYERS)
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "graphs").rglob("*.py")), ids=lambda p: p.name)

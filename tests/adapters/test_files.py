@@ -150,6 +150,13 @@ def test_failed_file_keeps_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_temporary_that_another_run_removes(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is another run writing there"):  # noqa: SIM117
+        with publish_file(tmp_path / "file") as work:
+            work.unlink()
+    assert not list(tmp_path.iterdir())
+
+
 def test_file_over_a_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="found a directory"), publish_file(tmp_path):
         pytest.fail("the body must not run")

@@ -19,10 +19,9 @@ import torch
 from austeer.adapters import Component, ContrastivePair, Site
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import find_module
-from austeer.adapters.candidates import FitOptions
-from austeer.adapters.measure import Share
-from austeer.adapters.train import Judgement
-from austeer.adapters.trained import Trainer
+from austeer.adapters.fitting.candidates import FitOptions
+from austeer.adapters.fitting.trained import Trainer
+from austeer.adapters.measurement.measure import Judgement, Share
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 baselines = importlib.import_module("baselines")

@@ -154,6 +154,20 @@ def test_combine_writes_an_adapter_and_says_what_overlaps(
     assert f"{calm} × 1" in invoke("show", out).stdout.replace("\n", "")
 
 
+def test_the_files_of_the_base_decide_not_the_dtype_it_runs_in(
+    tmp_path: Path, base: Path, calm: Path, save: Callable[..., Path]
+) -> None:
+    other = save("other", "ffn", (1, 2, 0.5))
+    command = ("combine", calm, other, "--base", base, "--kl-budget", 10)
+    invoke(*command, "-o", tmp_path / "wide")
+    invoke(*command, "--dtype", "float16", "-o", tmp_path / "half")
+    wide, half = (
+        SteeringAdapter.from_pretrained(tmp_path / name).config for name in ("wide", "half")
+    )
+    assert half.base_model_fingerprint == wide.base_model_fingerprint
+    invoke("show", tmp_path / "half", "--base", base, "--dtype", "float16")
+
+
 def test_combine_keeps_the_budget(
     tmp_path: Path, base: Path, save: Callable[..., Path]
 ) -> None:

@@ -297,7 +297,7 @@ def test_run_publishes_everything_or_says_that_nothing_helps(
 def test_run_in_half_precision_makes_an_adapter_for_the_files(
     tmp_path: Path, base: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("austeer.adapters.fit.no_effect_reason", lambda *_: None)
+    monkeypatch.setattr("austeer.adapters.fitting.fit.no_effect_reason", lambda *_: None)
     out = tmp_path / "out"
     arguments = ("run", base, pairs, "-o", out, "--strength", "oriented", "--kl-budget", "5")
     more = ("--component", "attention", "--dtype", "float16", "--to", "safetensors")

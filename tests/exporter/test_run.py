@@ -23,7 +23,7 @@ def test_processes_share_the_localization_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Random weights need not be steerable, and this is not about steering.
-    monkeypatch.setattr("austeer.adapters.fit.no_effect_reason", lambda *_: None)
+    monkeypatch.setattr("austeer.adapters.fitting.fit.no_effect_reason", lambda *_: None)
     pairs = tmp_path / "pairs.jsonl"
     prompts = [
         f"{who} {verb} {rest}"

@@ -1,0 +1,1 @@
+"""Activations of contrastive pairs, each distinct token computed once."""

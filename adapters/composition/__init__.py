@@ -1,0 +1,1 @@
+"""Several behaviours in one adapter."""

@@ -1,0 +1,1 @@
+"""How strongly to steer: every strength, and the choice among candidates under the budget."""

@@ -1,0 +1,265 @@
+"""Strength fitting: choose component, k and α (and train gains) under the KL budget.
+
+Choices are made on the validation split and its neutral text; the figures reported for the
+test split come from pairs and neutral text that no choice has seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from austeer.adapters._errors import FitError, NoEffectError
+from austeer.adapters._progress import Progress, silent
+from austeer.adapters.activations.reading import evaluating
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import architecture_of
+from austeer.adapters.attach import steering_hooks
+from austeer.adapters.config import Strength
+from austeer.adapters.fitting.candidates import Candidate, FitOptions, best_of
+from austeer.adapters.fitting.outcome import no_effect_reason, selected_facts
+from austeer.adapters.fitting.search import find_candidates
+from austeer.adapters.localization.run import Ranking, localize
+from austeer.adapters.measurement.measure import Share, Splits, make_splits, neutral_perplexity
+from austeer.adapters.pairs import ContrastivePair, pairs_digest, render_pairs
+from austeer.adapters.sites import Component
+
+_LEAST_VALIDATION = 5  # pairs below which choosing is left to chance
+
+
+def fit_strength(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[ContrastivePair],
+    ranking: Ranking | None = None,
+    *,
+    strength: Strength | str = "auto",
+    kl_budget: float = 0.1,
+    max_units: int = 64,
+    fluency_limit: float = 1.3,
+    components: Sequence[Component | str] | None = None,
+    test_pairs: Sequence[ContrastivePair] | None = None,
+    rank: int = 1,
+    keep_sign: bool = False,
+    neutral_text: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    steps: int = 200,
+    progress: Progress | None = None,
+) -> tuple[SteeringAdapter, dict[str, Any]]:
+    """Fit an adapter and report it.
+
+    Args:
+        model: base model in eval mode; its parameters are left as they are.
+        tokenizer: its tokenizer.
+        pairs: contrastive pairs; split by content into fit, validation and test.
+        ranking: units ranked by `localize`; None localizes on the fit split.
+        strength: a `Strength`, or "auto" for `adaptive`.
+        kl_budget: ceiling of the side effect, nats per token.
+        max_units: largest number of steered units.
+        fluency_limit: ceiling of the perplexity, under the base, of steered continuations
+            over that of its own; trained strengths keep it, infinity lifts it.
+        components: components to choose among; None for those of the ranking.
+        test_pairs: pairs that only the report sees; None takes a fifth of `pairs`.
+        rank: rank of the γ predictor.
+        keep_sign: keep every gain ≥ 0.
+        neutral_text: texts whose perplexity is reported as well.
+        seed: of everything random; equal seeds give equal adapters on a CPU.
+        batch_size: pairs or texts per forward pass.
+        steps: optimizer steps of a trained strength.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The adapter, and the dictionary behind `report.json` (DESIGN §5).
+
+    Raises:
+        NoEffectError: nothing within the budget helps; `.report` holds the same dictionary.
+        FitError: options out of range, too few validation pairs, or a ranking of another model.
+        PairsError: pairs that cannot be tokenized or split.
+    """
+    options = FitOptions(
+        strength=_strength(strength), components=_components(components, ranking),
+        kl_budget=kl_budget, max_units=max_units, fluency_limit=fluency_limit, rank=rank,
+        keep_sign=keep_sign, seed=seed, batch_size=batch_size, steps=steps,
+    )  # fmt: skip
+    test = None if test_pairs is None else render_pairs(test_pairs, tokenizer)
+    splits = make_splits(render_pairs(pairs, tokenizer), test, seed)
+    with evaluating(model):
+        ranking = ranking or _localized(model, tokenizer, splits, options)
+        return Fitter(model, tokenizer, splits, ranking, options, progress).run(neutral_text)
+
+
+class Fitter:
+    """One fit: candidates, the choice among them, and the report.
+
+    Args:
+        model: base model.
+        tokenizer: its tokenizer.
+        splits: pairs by purpose.
+        ranking: the units' scores.
+        options: see `FitOptions`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        FitError: the ranking belongs to another model, or there are too few validation pairs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Splits,
+        ranking: Ranking,
+        options: FitOptions,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._splits, self._ranking, self._options = splits, ranking, options
+        self._progress = progress or silent
+        self._architecture = architecture_of(model.config.model_type)
+        ranking.check_model(model)
+        _check_enough(splits)
+        sizes = {
+            "sequences": options.neutral_sequences,
+            "length": options.neutral_length,
+            "batch_size": options.batch_size,
+        }
+        # Three samples of neutral text: one to train on, one to choose by, one to report.
+        self._fit, self._validation, self._test = (
+            Share(model, tokenizer, part, seed=3 * options.seed + number, **sizes)
+            for number, part in enumerate((splits.fit, splits.validation, splits.test))
+        )
+
+    def run(
+        self, neutral_text: Sequence[str] | None = None
+    ) -> tuple[SteeringAdapter, dict[str, Any]]:
+        """Choose, measure, report.
+
+        Raises:
+            NoEffectError: nothing within the budget helps.
+        """
+        started = time.monotonic()
+        candidates = find_candidates(
+            self._model,
+            self._ranking,
+            self._options,
+            self._fit,
+            self._validation,
+            self._progress,
+        )
+        best = best_of(candidates)
+        seconds = time.monotonic() - started
+        report = self._report(best, candidates, neutral_text, seconds)
+        if report["outcome"] != "steered":
+            raise NoEffectError(report["reason"], report)
+        adapter = SteeringAdapter.from_sites(
+            self._model, best.sites, self._options.strength, best.alpha, self._record(report)
+        )
+        return adapter, report
+
+    def _report(
+        self,
+        best: Candidate,
+        candidates: Sequence[Candidate],
+        neutral_text: Sequence[str] | None,
+        seconds: float,
+    ) -> dict[str, Any]:
+        steered = partial(steering_hooks, self._model, self._architecture, best.sites)
+        self._progress("measure", 0, 2)
+        validation = self._validation.figures(steered)
+        self._progress("measure", 1, 2)
+        test = self._test.figures(steered)
+        if neutral_text:
+            test |= neutral_perplexity(self._model, self._tokenizer, neutral_text, steered)
+        self._progress("measure", 2, 2)
+        reason = no_effect_reason(best, validation, self._options)
+        return {
+            "outcome": "no_effect" if reason else "steered",
+            "reason": reason,
+            "selected": selected_facts(best, self._options),
+            "validation": validation,
+            "test": test,
+            "fit": self._fit_facts(candidates, seconds),
+        }
+
+    def _fit_facts(self, candidates: Sequence[Candidate], seconds: float) -> dict[str, Any]:
+        options, splits = self._options, self._splits
+        parts = {"fit": splits.fit, "validation": splits.validation, "test": splits.test}
+        fit_digest = pairs_digest(splits.fit)
+        return {
+            "kl_budget": options.kl_budget,
+            "max_units": options.max_units,
+            "fluency_limit": _finite(options.fluency_limit),
+            "seed": options.seed,
+            "splits": {name: len(part) for name, part in parts.items()},
+            "digests": {name: pairs_digest(part) for name, part in parts.items()},
+            "ranking_pairs": self._ranking.info.pairs_digest,
+            "ranking_on_fit_split": self._ranking.info.pairs_digest == fit_digest,
+            "neutral": {
+                "sequences": options.neutral_sequences,
+                "length": options.neutral_length,
+                "source": "sampled from the base model",
+            },
+            "steps": options.steps if options.strength.trained else 0,
+            "candidates": [candidate.as_dict() for candidate in candidates],
+            "seconds": round(seconds, 2),
+        }
+
+    def _record(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The part of the report that travels with the adapter; the same for equal seeds."""
+        facts = {
+            key: value
+            for key, value in report["fit"].items()
+            if key not in ("seconds", "candidates")
+        }
+        return facts | {"validation": report["validation"], "test": report["test"]}
+
+
+def _localized(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    options: FitOptions,
+) -> Ranking:
+    """A ranking of the fit split: what chooses and what reports must not be seen by it."""
+    return localize(model, tokenizer, splits.fit, options.components)
+
+
+def _strength(name: Strength | str) -> Strength:
+    try:
+        return Strength.ADAPTIVE if name == "auto" else Strength(name)
+    except ValueError:
+        known = ", ".join(strength.value for strength in Strength)
+        raise FitError(f"strength {name!r}: expected auto, {known}") from None
+
+
+def _components(
+    names: Sequence[Component | str] | None, ranking: Ranking | None
+) -> tuple[Component, ...]:
+    known = tuple(ranking.components if ranking is not None else Component)
+    wanted = tuple(dict.fromkeys(names)) if names else known
+    for name in wanted:
+        if name not in known:
+            where = "the ranking has" if ranking is not None else "expected"
+            raise FitError(f"component {name!s}: {where} {', '.join(known)}; localize it first")
+    return tuple(Component(name) for name in wanted)
+
+
+def _check_enough(splits: Splits) -> None:
+    """Refuse to choose by so few pairs that chance would choose."""
+    found = len(splits.validation)
+    if found < _LEAST_VALIDATION:
+        raise FitError(
+            f"pairs: {found} are left for validation, at least {_LEAST_VALIDATION} are needed; "
+            f"give {5 * _LEAST_VALIDATION} pairs or more"
+        )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if np.isfinite(value) else None

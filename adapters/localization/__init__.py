@@ -1,0 +1,1 @@
+"""Which units tell positive from negative completions: counted, merged, resumed, ranked."""

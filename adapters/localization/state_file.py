@@ -1,0 +1,155 @@
+"""Files of a localization's state: sums and the pairs they are of, checked when read."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from austeer.adapters._errors import FitError, ModelError, OutputError
+from austeer.adapters._files import publish_file
+from austeer.adapters.localization.momentum import MomentumCounter
+from austeer.adapters.sites import Component
+from austeer.adapters.tensors import read_header
+
+FORMAT = "austeer-localization-state"
+FORMAT_VERSION = "1"
+SUFFIX = ".safetensors"
+
+Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """What a state belongs to; one of anything else is refused.
+
+    Attributes:
+        facts: names of inputs and options, and their values or digests (JSON).
+        pairs: number of pairs.
+        token_budget: tokens of a batch; a resumed run keeps to it, so that its batches, and
+            with them the last bits of its sums, are those of one undisturbed run.
+    """
+
+    facts: Mapping[str, Any]
+    pairs: int
+    token_budget: int
+
+
+def discard_state(folder: Path) -> None:
+    """Remove the files of a state, and its folder if nothing else lies in it.
+
+    Raises:
+        OutputError: a file cannot be removed.
+    """
+    try:
+        for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob(f".*{SUFFIX}.partial-*")]:
+            path.unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot remove this state ({error.strerror})") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StatePart:
+    """One file of a state, read and checked."""
+
+    path: Path
+    pairs: Bool[np.ndarray, " N"]
+    purpose: Purpose
+
+    @classmethod
+    def open(cls, path: Path, wanted: Purpose) -> StatePart:
+        """Read and check a file.
+
+        Raises:
+            FitError: damaged, or the state of another run.
+        """
+        metadata, tensors = _load(path)
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise _damaged(path, f"format version {metadata.get('format_version')!r}")
+        try:
+            facts = json.loads(metadata["facts"])
+            budget = int(metadata["token_budget"])
+            size = int(metadata["pairs"])
+        except (KeyError, ValueError) as error:
+            raise _damaged(path, f"malformed description, {error}") from error
+        _check_facts(path, facts, wanted.facts)
+        if metadata.get("checksum") != _checksum(tensors):
+            raise _damaged(path, "its checksum does not match")
+        pairs = np.unpackbits(tensors["pairs"], count=size).astype(bool)
+        return cls(path, pairs, Purpose(facts, size, budget))
+
+    def add_to(self, counters: Mapping[Component, MomentumCounter]) -> None:
+        """Add its sums to counters."""
+        # Read again, so that memory holds the counters of one file at a time.
+        _, tensors = _load(self.path)
+        for component, counter in counters.items():
+            signs, limbs = (tensors[f"{component.value}.{name}"] for name in ("signs", "limbs"))
+            counter.add_state(signs, limbs, int(self.pairs.sum()))
+
+
+def write_state(path: Path, tensors: Tensors, purpose: Purpose) -> None:
+    """Write one file, atomically.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "facts": json.dumps(dict(purpose.facts), sort_keys=True),
+        "pairs": str(purpose.pairs),
+        "token_budget": str(purpose.token_budget),
+        "checksum": _checksum(tensors),
+    }
+    with publish_file(path) as work:
+        save_file(tensors, work, metadata=metadata)
+
+
+def _load(path: Path) -> tuple[dict[str, str], Tensors]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        tensors = {name: entry.read() for name, entry in read_header(path).items()}
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (ModelError, SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    if metadata.get("format") != FORMAT:
+        raise _damaged(path, f"format {metadata.get('format')!r}")
+    return metadata, tensors
+
+
+def _checksum(tensors: Tensors) -> str:
+    total = 0
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        total = zlib.crc32(f"{name}{array.dtype}{array.shape}".encode(), total)
+        total = zlib.crc32(array.view(np.uint8).data, total)
+    return f"crc32:{total:08x}"
+
+
+def _check_facts(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        raise FitError(
+            f"{path.parent}: the state of another run: made with other "
+            f"{' and other '.join(differing)}; delete that folder (--restart) to start anew, "
+            "or choose another output"
+        )
+
+
+def _damaged(path: Path, reason: str) -> FitError:
+    return FitError(
+        f"{path}: not a readable state of a localization ({reason}); "
+        f"delete {path.parent} (--restart) to start anew"
+    )

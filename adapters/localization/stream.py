@@ -1,0 +1,140 @@
+"""Pairs a window at a time: tokenized, planned into batches, shared between processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool
+
+from austeer.adapters.localization.distributed import Processes
+from austeer.adapters.pairs import ContrastivePair, render_pairs
+from austeer.adapters.tokens import PairTokens, plan_batches, tokenize_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WINDOW = 1024
+# Pairs whose tokens stand for those of all.
+_SAMPLE = 64
+# Tokens that a tokenizer may add to a text.
+_SPECIAL = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Successive pairs, tokenized, and the batches of them that this process takes.
+
+    Attributes:
+        start: number of the first pair.
+        tokens: all pairs of the window.
+        batches: pairs by their place in `tokens`; none of them done.
+        pending: pairs that are not done, those of other processes included.
+    """
+
+    start: int
+    tokens: list[PairTokens]
+    batches: list[list[int]]
+    pending: int
+
+
+class PairStream:
+    """Pairs in a fixed order, of which only one window's tokens are in memory.
+
+    Args:
+        pairs: contrastive pairs.
+        tokenizer: makes tokens of them.
+        max_tokens: tokens of a string that are used.
+        window: pairs of a window.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[ContrastivePair],
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        window: int = WINDOW,
+    ) -> None:
+        self._pairs, self._tokenizer = pairs, tokenizer
+        self._max_tokens, self._window = max_tokens, window
+
+    def check_lengths(self) -> None:
+        """Refuse a pair that does not fit now, instead of hours later in its window.
+
+        Only what can be too long is tokenized for it: tokens are rarely shorter than a byte.
+
+        Raises:
+            PairsError: a prompt leaves no room for a completion, or a cut leaves both the same.
+        """
+        suspects = [
+            pair
+            for pair in render_pairs(self._pairs, self._tokenizer)
+            if _bytes(pair) + _SPECIAL > self._max_tokens
+        ]
+        for start in range(0, len(suspects), self._window):
+            self._tokens(suspects[start : start + self._window])
+
+    @cached_property
+    def sample(self) -> list[PairTokens]:
+        """The first few pairs."""
+        return self._tokens(self._pairs[:_SAMPLE])
+
+    def digest(self) -> str:
+        """`sha256:` digest of the pairs in their order, and of the tokens of `sample`."""
+        total = hashlib.sha256()
+        for pair in self._pairs:
+            total.update(hashlib.sha256(pair.content.encode()).digest())
+        for tokens in self.sample:
+            total.update(repr((tokens.prefix, tokens.positive, tokens.negative)).encode())
+        return f"sha256:{total.hexdigest()}"
+
+    def windows(
+        self,
+        done: Bool[np.ndarray, " N"],
+        token_budget: int,
+        batch_size: int | None,
+        group: Processes,
+    ) -> Iterator[Window]:
+        """Every window with something left to do; every so many-th batch is this process's.
+
+        Args:
+            done: pairs to leave out.
+            token_budget: most tokens of a batch.
+            batch_size: most pairs of a batch, None for any number.
+            group: the processes that share the batches.
+
+        Raises:
+            PairsError: a pair does not fit the model.
+        """
+        turn = 0
+        for start in range(0, len(self._pairs), self._window):
+            finished = done[start : start + self._window]
+            if finished.all():
+                continue
+            tokens = self._tokens(self._pairs[start : start + self._window])
+            # Planned as if none were done: the same batches round to the same bits.
+            planned = _capped(plan_batches(tokens, token_budget), batch_size)
+            left = [[number for number in batch if not finished[number]] for batch in planned]
+            pending = [batch for batch in left if batch]
+            mine = pending[(group.rank - turn) % group.size :: group.size]
+            turn += len(pending)
+            yield Window(start, tokens, mine, int((~finished).sum()))
+
+    def _tokens(self, pairs: Sequence[ContrastivePair]) -> list[PairTokens]:
+        return tokenize_pairs(pairs, self._tokenizer, self._max_tokens)
+
+
+def _capped(batches: Sequence[Sequence[int]], most: int | None) -> Iterator[Sequence[int]]:
+    for batch in batches:
+        size = most or len(batch)
+        for first in range(0, len(batch), size):
+            yield batch[first : first + size]
+
+
+def _bytes(pair: ContrastivePair) -> int:
+    longest = max(pair.positive, pair.negative, key=len)
+    return len(pair.prompt.encode()) + len(longest.encode())

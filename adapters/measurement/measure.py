@@ -1,0 +1,239 @@
+"""The data of a fit, split by purpose, and the figures measured on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from austeer.adapters._errors import FitError
+from austeer.adapters.measurement.evaluate import KLMeter, PairSet, Steered, batch_pairs
+from austeer.adapters.measurement.fluency import CONTINUATION, FluencyProbe, text_perplexity
+from austeer.adapters.measurement.intervals import Measured, grouped_interval
+from austeer.adapters.measurement.neutral import (
+    TokenText,
+    encode_prompts,
+    encode_texts,
+    sample_neutral,
+    start_token,
+)
+from austeer.adapters.pairs import ContrastivePair, group_keys, split_pairs
+from austeer.adapters.tokens import PairTokens, token_limit, tokenize_pairs
+
+_FLUENCY_PROMPTS = 64
+_QUICK_SAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a steering does on the data that chooses.
+
+    Attributes:
+        margin: mean margin over the validation pairs, nats.
+        kl: mean KL per token on neutral text that training does not see, nats.
+        fluency: perplexity of steered continuations under the base over that of its own;
+            None where it was not measured.
+    """
+
+    margin: float
+    kl: float
+    fluency: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Pairs by purpose: to fit, to choose, to report."""
+
+    fit: list[ContrastivePair]
+    validation: list[ContrastivePair]
+    test: list[ContrastivePair]
+
+
+def make_splits(
+    pairs: Sequence[ContrastivePair],
+    test_pairs: Sequence[ContrastivePair] | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Split pairs 60/20/20, or 75/25 when the test pairs come from elsewhere.
+
+    Raises:
+        PairsError: too few pairs to give every split one.
+        FitError: a test pair also stands among the pairs.
+    """
+    if test_pairs is None:
+        fit, validation, test = split_pairs(pairs, (0.6, 0.2, 0.2), seed)
+        return Splits(fit, validation, test)
+    known = {pair.content for pair in pairs}
+    for pair in test_pairs:
+        if pair.content in known:
+            raise FitError(
+                f"{pair.where}: this test pair is also a training pair; remove it from one file"
+            )
+    fit, validation = split_pairs(pairs, (0.75, 0.25), seed)
+    return Splits(fit, validation, list(test_pairs))
+
+
+class Share:
+    """One split with its own neutral text; everything is computed on first use.
+
+    Args:
+        model: the base model, unsteered while the parts are built.
+        tokenizer: its tokenizer.
+        pairs: the pairs of this split.
+        seed: of its neutral text.
+        sequences: texts in the neutral sample.
+        length: tokens of each.
+        batch_size: pairs or texts per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[ContrastivePair],
+        *,
+        seed: int,
+        sequences: int,
+        length: int,
+        batch_size: int,
+    ) -> None:
+        self.pairs = list(pairs)
+        self._model, self._tokenizer = model, tokenizer
+        self._seed, self._batch_size = seed, batch_size
+        self._sequences, self._length = sequences, length
+
+    @cached_property
+    def tokens(self) -> list[PairTokens]:
+        """The pairs, tokenized."""
+        tokens = tokenize_pairs(self.pairs, self._tokenizer, token_limit(self._model))
+        return self._started(tokens)
+
+    @cached_property
+    def pair_set(self) -> PairSet:
+        """The pairs, tokenized and batched."""
+        return batch_pairs(self._model, self.tokens, self._batch_size)
+
+    def _started(self, tokens: Sequence[PairTokens]) -> list[PairTokens]:
+        """Give pairs that share no first token the start token to be predicted from."""
+        start, room = start_token(self._tokenizer), token_limit(self._model) - 1
+        if start is None:
+            return list(tokens)
+        return [
+            pair
+            if pair.prefix
+            else replace(
+                pair,
+                prefix=(start,),
+                positive=pair.positive[:room],
+                negative=pair.negative[:room],
+            )
+            for pair in tokens
+        ]
+
+    @cached_property
+    def neutral(self) -> TokenText:
+        """Text sampled from the base model."""
+        length = min(self._length, token_limit(self._model))
+        return sample_neutral(
+            self._model,
+            self._tokenizer,
+            sequences=self._sequences,
+            length=length,
+            seed=self._seed,
+        )
+
+    @cached_property
+    def meter(self) -> KLMeter:
+        """KL on the neutral text."""
+        return KLMeter(self._model, self.neutral, self._batch_size)
+
+    @cached_property
+    def screening_text(self) -> TokenText:
+        """A quarter of the neutral text, for searches."""
+        return self.neutral.rows(slice(0, max(8, len(self.neutral) // 4)))
+
+    @cached_property
+    def screen(self) -> KLMeter:
+        """KL on the screening text."""
+        return KLMeter(self._model, self.screening_text, self._batch_size)
+
+    @cached_property
+    def base_margins(self) -> Float[np.ndarray, " n"]:
+        """Margins of the unsteered model, nats."""
+        return self.pair_set.margins(self._model)
+
+    def mean_margin(self, steered: Steered) -> float:
+        """Mean margin of a steered model, nats."""
+        pairs = self.pair_set  # built, if need be, by the unsteered model
+        with steered():
+            return float(pairs.margins(self._model).mean())
+
+    @cached_property
+    def probe(self) -> FluencyProbe:
+        """Fluency of steered continuations of the pairs' prompts."""
+        return FluencyProbe(self._model, self.prompts, seed=self._seed)
+
+    @cached_property
+    def quick_probe(self) -> FluencyProbe:
+        """Fluency from half as many continuations, for searches."""
+        return FluencyProbe(self._model, self.prompts, seed=self._seed, samples=_QUICK_SAMPLES)
+
+    def judge(self, steered: Steered) -> Judgement:
+        """Mean margin and KL of a steered model; fluency is left out."""
+        return Judgement(self.mean_margin(steered), self.meter.mean(steered))
+
+    def figures(self, steered: Steered) -> dict[str, Any]:
+        """Every figure of `report.json` for this split, with `*_ci95`."""
+        base, groups = self.base_margins, group_keys(self.pairs)
+        with steered():
+            values = self.pair_set.margins(self._model)
+
+        def mean(found: Float[np.ndarray, " n"]) -> Measured:
+            return grouped_interval(found, groups, self._seed)
+
+        measured = {
+            "accuracy": mean(values > 0),
+            "base_accuracy": mean(base > 0),
+            "margin": mean(values),
+            "base_margin": mean(base),
+            "margin_gain": mean(values - base),
+            "kl": self.meter.measure(steered, self._seed),
+            "fluency": self.probe.measure(steered),
+        }
+        return {"pairs": len(self.pairs)} | as_report(measured)
+
+    @cached_property
+    def prompts(self) -> TokenText:
+        """Prompts of the pairs, for continuations."""
+        chosen = list(dict.fromkeys(pair.prompt for pair in self.pairs))[:_FLUENCY_PROMPTS]
+        room = token_limit(self._model) - CONTINUATION
+        return encode_prompts(chosen, self._tokenizer, max(room, 1))
+
+
+def as_report(measured: dict[str, Measured]) -> dict[str, Any]:
+    """`{name: value, name_ci95: [low, high]}` for every figure."""
+    found: dict[str, Any] = {}
+    for name, figure in measured.items():
+        found[name] = figure.value
+        found[f"{name}_ci95"] = [figure.low, figure.high]
+    return found
+
+
+def neutral_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    steered: Callable[[], Any],
+) -> dict[str, float]:
+    """Perplexity of the user's own neutral text, base and steered."""
+    encoded = encode_texts(texts, tokenizer, token_limit(model))
+    return {
+        "neutral_perplexity": text_perplexity(model, encoded, steered),
+        "base_neutral_perplexity": text_perplexity(model, encoded, nullcontext),
+    }
