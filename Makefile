@@ -6,10 +6,8 @@ CODE := adapters graphs exporter tests examples benchmarks
 # One process a core with one thread each: tiny models gain nothing from more threads.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # What transformers 4.57 can change: loading, hooks, folds, and the models behind them.
-TESTS_4_57 := $(addprefix tests/adapters/test_, loading.py batches.py capture.py packing.py \
-	layouts.py reading.py localization.py momentum.py stream.py run_state.py distributed.py \
-	equal_scores.py resumable.py sweep.py choice.py untrained.py neutral.py evaluate.py \
-	fluency.py checkpointing.py gains.py train.py trained.py composition.py analysis.py fit.py) \
+TESTS_4_57 := $(addprefix tests/adapters/, activations localization measurement fitting \
+	composition analysis test_loading.py) \
 	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/test_routes.py
 # Its random models have other weights, on which the small fits of test_fit need not succeed.
 ANY_MODEL := "not test_fit or real"
