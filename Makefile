@@ -7,7 +7,7 @@ CODE := adapters graphs exporter tests examples benchmarks
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # What transformers 4.57 can change: loading, hooks, folds, and the models behind them.
 TESTS_4_57 := $(addprefix tests/adapters/, activations localization measurement fitting \
-	composition analysis test_loading.py) \
+	composition analysis test_loading.py test_attach.py test_fingerprint.py) \
 	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/test_routes.py
 # Its random models have other weights, on which the small fits of test_fit need not succeed.
 ANY_MODEL := "not test_fit or real"

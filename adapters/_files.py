@@ -78,14 +78,16 @@ def publish_file(out: Path) -> Iterator[Path]:
     try:
         with _as_output_error(out):
             yield work
-            if not work.exists():
-                raise OutputError(
-                    f"{out}: its temporary file went away; is another run writing there?"
-                )
             work.chmod(0o666 & ~_umask())
             _sync_path(work)
             work.replace(out)
             _sync_path(out.parent)
+    except FileNotFoundError as error:
+        if error.filename != name:
+            raise
+        raise OutputError(
+            f"{out}: its temporary file went away; is another run writing there?"
+        ) from error
     finally:
         work.unlink(missing_ok=True)
 

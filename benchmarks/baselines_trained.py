@@ -26,8 +26,8 @@ from austeer.adapters.fitting.trained import Trainer
 _PROBE_SHARE = 0.2
 # The first rate of each compares the places.
 _VECTOR_RATES = (0.05, 0.1)
-_IA3_RATES = (0.1, 0.2)
-_LORA_RATES = (0.005, 0.01)
+_IA3_RATES = (0.1, 0.05, 0.2)
+_LORA_RATES = (0.005, 0.01, 0.02)
 _LORA_TARGETS = {
     "q,v": ["q_proj", "v_proj"],
     "o,down": ["o_proj", "down_proj"],

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     steps = options.steps or FitOptions().steps
     methods = _chosen(METHODS, options.methods)
+    origin = environment()
     done = {_key(cell) for cell in read_cells(options.out)}
     for case in all_cases(options.shared):
         if options.cases and not any(part in case.name for part in options.cases):
@@ -41,10 +42,15 @@ def run(options: argparse.Namespace) -> None:
             for method in methods
         ]
         if missing := [key for key in keys if key not in done]:
-            _run_case(case, missing, options)
+            _run_case(case, missing, options, origin)
 
 
-def _run_case(case: Any, keys: Sequence[tuple[Any, ...]], options: argparse.Namespace) -> None:
+def _run_case(
+    case: Any,
+    keys: Sequence[tuple[Any, ...]],
+    options: argparse.Namespace,
+    origin: dict[str, str],
+) -> None:
     from quality_cases import Bench
     from quality_methods import Comparison
 
@@ -55,7 +61,7 @@ def _run_case(case: Any, keys: Sequence[tuple[Any, ...]], options: argparse.Name
     for name, budget, method, seed, steps in keys:
         cell = {"case": name, "budget": budget, "method": method, "seed": seed, "steps": steps}
         cell |= comparison.cell(method, budget)
-        cell |= {"repeats_dropped": bench.dropped, "environment": environment()}
+        cell |= {"repeats_dropped": bench.dropped, "environment": origin}
         with options.out.open("a") as file:
             file.write(json.dumps(cell) + "\n")
         test = cell["test"]
@@ -75,15 +81,13 @@ def environment() -> dict[str, str]:
     import torch
     import transformers
 
-    described = subprocess.run(
-        ("git", "describe", "--always", "--dirty"),
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        described = ""
     return {
-        "revision": described.stdout.strip() or "unknown",
+        "revision": described.strip() or "unknown",
         "date": str(datetime.date.today()),
         "machine": platform.machine(),
         "torch": torch.__version__,

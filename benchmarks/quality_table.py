@@ -81,9 +81,15 @@ def report(cells: Sequence[Cell]) -> str:
 def _origin(cells: Sequence[Cell]) -> str:
     facts = {
         name: sorted({str(cell["environment"][name]) for cell in cells})
-        for name in ("date", "machine", "torch", "transformers")
+        for name in ("revision", "date", "machine", "torch", "transformers")
     } | {name: sorted({str(cell[name]) for cell in cells}) for name in ("seed", "steps")}
     return "; ".join(f"{name} {', '.join(values)}" for name, values in facts.items())
+
+
+def _seconds(cell: Cell) -> float:
+    """CPU time of a fit; of trained baselines with the choice of place and rate."""
+    chosen = cell["prepare_seconds"] if cell["method"] in TRAINED else 0.0
+    return float(cell["fit_seconds"] + chosen)
 
 
 def _average(group: Group) -> Iterator[str]:
@@ -106,7 +112,7 @@ def _average_row(group: Group, method: str) -> str:
     kl, fluency = group.values(method, "kl"), group.values(method, "fluency")
     cells = [group.cells[method, case] for case in group.cases]
     marked = sum(cell["outcome"] != "steered" for cell in cells)
-    seconds = np.mean([cell["fit_seconds"] for cell in cells])
+    seconds = np.mean([_seconds(cell) for cell in cells])
     row = [
         f"`{method}`",
         group.interval(method, "margin_gain", "+.2f"),

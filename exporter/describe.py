@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.steered_site import SteeredSite
 from austeer.exporter.markdown import Row, number
@@ -59,7 +60,7 @@ def describe_in_base(
     name: str,
     base: BaseOptions,
     units: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Check the base model of an adapter, and analyze the adapter's strongest units in it.
 

@@ -43,8 +43,8 @@ def combine(
     Args:
         adapters: adapters of one base model.
         weights: factor on every γ of each adapter, negative to steer away; None for 1.
-        model: the base model. Without it, adapters that touch different projections cannot be
-            shown to belong together, and are refused.
+        model: the base model. Without it or `read`, adapters that touch different projections
+            cannot be shown to belong together, and are refused.
         read: reads the base's tensors, from its files say; None for `model`'s own, which were
             rounded where it was loaded in another dtype.
         on_overlap: what to do with a unit that several adapters steer. "sum" adds constant
@@ -156,6 +156,8 @@ def _check_one_base(
             )
         if model is not None:
             check_base(adapter, model, name, read)
+        elif read is not None:
+            check_fingerprint(adapter, read, name)
         elif _projections(adapter) != _projections(first):
             raise AdapterError(
                 f"{name} and {names[0]} touch different weights, which do not show whether "

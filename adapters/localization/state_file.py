@@ -101,7 +101,7 @@ def write_state(path: Path, tensors: Tensors, purpose: Purpose) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     metadata = {
         "format": FORMAT,
@@ -112,7 +112,8 @@ def write_state(path: Path, tensors: Tensors, purpose: Purpose) -> None:
         "checksum": _checksum(tensors),
     }
     with publish_file(path) as work:
-        save_file(tensors, work, metadata=metadata)
+        # Not save_file: what it leaves behind when killed has a name of its own.
+        work.write_bytes(save(tensors, metadata=metadata))
 
 
 def _load(path: Path) -> tuple[dict[str, str], Tensors]:

@@ -150,11 +150,20 @@ def test_failed_file_keeps_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_temporary_that_another_run_removes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_its_folder", [False, True])
+def test_a_temporary_that_another_run_removes(tmp_path: Path, with_its_folder: bool) -> None:
     with pytest.raises(OutputError, match="is another run writing there"):  # noqa: SIM117
-        with publish_file(tmp_path / "file") as work:
+        with publish_file(tmp_path / "state" / "file") as work:
             work.unlink()
-    assert not list(tmp_path.iterdir())
+            if with_its_folder:
+                work.parent.rmdir()
+                work.write_text("x")
+    assert not list(tmp_path.rglob("*file*"))
+
+
+def test_another_missing_file_passes_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), publish_file(tmp_path / "file"):
+        (tmp_path / "other").read_text()
 
 
 def test_file_over_a_directory_is_refused(tmp_path: Path) -> None:

@@ -387,7 +387,9 @@ def cell(method: str, case: str, gain: float, kl: float = 0.1) -> dict[str, Any]
         "case": case, "method": method, "budget": 0.1, "seed": 0, "steps": 120,
         "outcome": "steered", "setting": {"name": "x"}, "touched": 8, "parameters": 8,
         "fit_seconds": 1.0, "prepare_seconds": 0.0, "repeats_dropped": 0,
-        "environment": dict.fromkeys(("date", "machine", "torch", "transformers"), "?"),
+        "environment": dict.fromkeys(
+            ("revision", "date", "machine", "torch", "transformers"), "?"
+        ),
         "test": test | {"pairs": 9, "distinct2": 1.0},
     }  # fmt: skip
 

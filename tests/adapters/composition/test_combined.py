@@ -21,6 +21,7 @@ from austeer.adapters import (
     Strength,
 )
 from austeer.adapters.composition.combined import combine
+from austeer.adapters.fingerprint import module_reader
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -196,3 +197,17 @@ def test_strength_and_revision_of_the_combination(tiny_model: Callable[..., Any]
     )
     mixed = combine([made(1, Strength.PAPER, "v1"), made(2, Strength.ORIENTED, "v2")])
     assert (mixed.config.strength, mixed.config.revision) == (Strength.FITTED, None)
+
+
+def test_the_files_of_the_base_decide_where_they_are_given(
+    tiny_model: Callable[..., Any],
+) -> None:
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    parts = [adapter(model, {(layer, "ffn"): [layer, 4]}, seed=layer) for layer in (0, 1)]
+    wanted = combine(parts, model=model).config.base_model_fingerprint
+    read = module_reader(model)
+    assert combine(parts, read=read).config.base_model_fingerprint == wanted
+    with pytest.raises(AdapterError, match="made for another base model"):
+        combine(parts, read=module_reader(other))
+    with pytest.raises(AdapterError, match="made for another base model"):
+        combine(parts, model=model, read=module_reader(other))
