@@ -20,7 +20,6 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from austeer.adapters._progress import Progress
 from austeer.exporter.routes import Route
 from austeer.exporter.run import RunReport, run_job
 from austeer.exporter.settings import BaseOptions, RunOptions
@@ -62,7 +61,7 @@ def run(behaviour: str, strength: str, route: Route, out: Path) -> RunReport:
         return run_job(options, showing(status.update))
 
 
-def showing(update: Callable[[str], None]) -> Progress:
+def showing(update: Callable[[str], None]) -> Callable[[str, int, int], None]:
     """Progress as one changing line."""
     return lambda stage, done, total: update(f"{stage} {done}/{total}")
 

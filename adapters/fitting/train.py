@@ -60,7 +60,7 @@ class TrainOptions:
         seed: of the order of batches.
     """
 
-    steps: int = 200
+    steps: int
     learning_rate: float = 0.05
     judge_every: int = 10
     patience: int = 6
