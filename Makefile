@@ -36,5 +36,6 @@ venv-optimum:
 
 clean: ## remove everything that the targets above made
 	rm -rf $(VENV) $(VENV)-optimum build dist demo_out *.egg-info
+	rm -f graphs/*austeer_ops.*
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

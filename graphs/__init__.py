@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from austeer.graphs.custom_op import custom_op_library, register
 from austeer.graphs.function import steer_function, steer_functions
 from austeer.graphs.graft import GraftGainPass, graft_file, graft_model
 from austeer.graphs.locate import Place, SiteLocator
@@ -17,9 +18,11 @@ __all__ = [
     "Place",
     "SiteLocator",
     "SteerOp",
+    "custom_op_library",
     "graft_file",
     "graft_model",
     "load_model",
+    "register",
     "save_model",
     "steer_function",
     "steer_functions",

@@ -1,0 +1,83 @@
+"""Builds the operator library with CMake while the wheel is made, where a compiler is there.
+
+Without a C++ compiler the package installs all the same: steered graphs then run by their
+function bodies. `AUSTEER_OPS=require` makes a missing or failing build an error, `AUSTEER_OPS=skip`
+leaves the library out, `AUSTEER_CUDA=0` its CUDA kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+COMPILERS = ("c++", "g++", "clang++")
+FILE_NAMES = {"darwin": "libausteer_ops.dylib", "win32": "austeer_ops.dll"}
+
+
+class BuildLibrary(build_ext):
+    """`build_ext` that leaves the compiling to CMake."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The library is loaded by onnxruntime, so it is named like one, not like a module."""
+        name = FILE_NAMES.get(sys.platform, "libausteer_ops.so")
+        return str(Path(*fullname.split(".")[:-1]) / name)
+
+    def run(self) -> None:
+        """Build the library, or say why not."""
+        cmake, compiler = _cmake(), _compiler()
+        if os.environ.get("AUSTEER_OPS") == "skip":
+            self._skip("AUSTEER_OPS=skip")
+        elif cmake is None or compiler is None:
+            self._skip(f"found no {'CMake' if cmake is None else 'C++ compiler'}")
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Let CMake build the one extension there is."""
+        cmake, compiler = _cmake(), _compiler()
+        assert cmake and compiler
+        try:
+            self._build(cmake, compiler, Path(self.get_ext_fullpath(ext.name)))
+        except subprocess.CalledProcessError as error:
+            self._skip(f"{error.cmd[0]} failed with {error.returncode}")
+
+    def _build(self, cmake: str, compiler: str, target: Path) -> None:
+        work = Path(self.build_temp).resolve() / "austeer_ops"
+        work.mkdir(parents=True, exist_ok=True)
+        cuda = "OFF" if os.environ.get("AUSTEER_CUDA") == "0" else "ON"
+        options = [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DAUSTEER_CUDA={cuda}"]
+        subprocess.run([cmake, "-S", HERE, "-B", work, *options], check=True)
+        subprocess.run([cmake, "--build", work, "--config", "Release"], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        found = next(path for path in work.rglob(target.name) if path.is_file())
+        shutil.copyfile(found, target)
+
+    def _skip(self, reason: str) -> None:
+        # Not an extension of this build any more: what is listed must exist.
+        self.extensions = []
+        if os.environ.get("AUSTEER_OPS") == "require":
+            raise SystemExit(f"austeer: operator library not built: {reason}")
+        print(  # noqa: T201
+            f"austeer: operator library not built: {reason}; steered graphs run by their "
+            "function bodies",
+            file=sys.stderr,
+        )
+
+
+def _cmake() -> str | None:
+    try:
+        from cmake import CMAKE_BIN_DIR
+    except ImportError:
+        return shutil.which("cmake")
+    return shutil.which("cmake", path=CMAKE_BIN_DIR)
+
+
+def _compiler() -> str | None:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return next((found for name in names if (found := shutil.which(name))), None)
