@@ -63,7 +63,7 @@ class BuildLibrary(build_ext):
         self.extensions = []
         if os.environ.get("AUSTEER_OPS") == "require":
             raise SystemExit(f"austeer: operator library not built: {reason}")
-        print(  # noqa: T201
+        print(
             f"austeer: operator library not built: {reason}; steered graphs run by their "
             "function bodies",
             file=sys.stderr,

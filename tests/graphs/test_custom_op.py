@@ -1,0 +1,240 @@
+"""Compiled kernels against the function bodies and a float64 reference, on onnxruntime."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from steering_ops import (
+    DTYPES,
+    INDEX,
+    D,
+    activations,
+    bound,
+    one_node_model,
+    reference,
+    site_tensors,
+)
+
+from austeer.adapters import GraphError
+from austeer.graphs import (
+    STEER_AU,
+    STEER_AU_ADAPTIVE,
+    custom_op,
+    custom_op_library,
+    register,
+)
+
+needs_library = pytest.mark.skipif(
+    custom_op.library_file() is None and os.environ.get("AUSTEER_OPS") != "require",
+    reason="no operator library was built (no C++ compiler?)",
+)
+
+
+def session(model: ir.Model, *, kernels: bool = True, threads: int = 1) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    if kernels:
+        register(options)
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(model: ir.Model, feeds: dict[str, np.ndarray], **options: Any) -> np.ndarray:
+    (y,) = session(model, **options).run(None, feeds)
+    return np.asarray(y)
+
+
+def feeds_for(x: np.ndarray, rank: int, scale: float = 0.7) -> dict[str, np.ndarray]:
+    return {"x": x, "scale": np.array([scale], np.float32), **site_tensors(rank)}
+
+
+@needs_library
+def test_parity_matrix() -> None:
+    """Prints it: largest error in units of the allowed one, function body and kernel."""
+    worst = 0.0
+    for rank in (0, 1, 4):
+        op = STEER_AU_ADAPTIVE if rank else STEER_AU
+        for dtype in DTYPES:
+            model = one_node_model(op, dtype, rank=3)
+            sessions = [session(model, kernels=kernels) for kernels in (False, True)]
+            for shape in [(batch, tokens) for batch in (1, 3) for tokens in (1, 17, 512)]:
+                x = activations(shape, dtype)
+                expected = reference(x, site_tensors(rank), np.float32(0.7))
+                found = [one.run(None, feeds_for(x, rank))[0] for one in sessions]
+                errors = [
+                    float((np.abs(y - expected) / bound(x, expected, dtype)).max())
+                    for y in found
+                ]
+                print(f"{op.name:16s} r={rank} {dtype:9s} {shape!s:9s}", *errors)
+                worst = max(worst, *errors)
+                others = np.setdiff1d(np.arange(D), INDEX)
+                assert np.array_equal(found[1][..., others], x[..., others])
+                assert np.abs(found[1] - x)[..., INDEX].max() > 0.1
+                if rank == 0:
+                    assert np.array_equal(*found), "constant gains: the same bits"
+    assert worst <= 1.0
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_threads_change_nothing(rank: int, dtype: str) -> None:
+    # Wide enough for several blocks of tokens.
+    model = one_node_model(STEER_AU_ADAPTIVE if rank else STEER_AU, dtype, rank=3)
+    feeds = feeds_for(activations((3, 4096), dtype), rank)
+    assert np.array_equal(run(model, feeds), run(model, feeds, threads=4))
+
+
+@needs_library
+@pytest.mark.parametrize("op", [STEER_AU, STEER_AU_ADAPTIVE])
+def test_units_by_the_hundred(op: Any) -> None:
+    """More units than the kernel holds at once."""
+    rng = np.random.default_rng(0)
+    x, k, rank = rng.normal(size=(2, 3, 2000)).astype(np.float32), 700, 2
+    tensors = {"idx": rng.permutation(2000)[:k], "gamma": rng.normal(size=k)}
+    if op is STEER_AU_ADAPTIVE:
+        tensors |= {"V": rng.normal(size=(k, rank)) / 30, "b": rng.normal(size=rank)}
+        tensors |= {"U": rng.normal(size=(rank, k))}
+    tensors = {n: t if n == "idx" else t.astype(np.float32) for n, t in tensors.items()}
+    model = one_node_model(op, "float", rank=3, width=2000)
+    y = run(model, {"x": x, "scale": np.ones(1, np.float32), **tensors})
+    np.testing.assert_allclose(y, reference(x, tensors, 1.0), rtol=2e-5, atol=1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_activations(dtype: str) -> None:
+    x = np.zeros((1, 8, D), np.float32)
+    special = [np.inf, -np.inf, np.nan, 0.0, -0.0, 6e-8, 65504.0, 3e38]
+    x[0, :, INDEX] = np.asarray(special).astype(DTYPES[dtype]).astype(np.float32)
+    for rank in (0, 1):
+        model = one_node_model(STEER_AU_ADAPTIVE if rank else STEER_AU, dtype, rank=3)
+        with np.errstate(all="ignore"):
+            body, kernel = (
+                run(model, feeds_for(x, rank), kernels=kernels) for kernels in (False, True)
+            )
+        if rank == 0:
+            np.testing.assert_array_equal(kernel, body)
+        finite = np.isfinite(x).all(-1)
+        np.testing.assert_allclose(kernel[finite], body[finite], rtol=2e-2)
+
+
+@needs_library
+def test_every_float16_survives() -> None:
+    """γ = 0 gives back all 65 536 bit patterns: the conversions are exact both ways."""
+    patterns = np.arange(65536, dtype=np.uint16)
+    for dtype in ("float16", "bfloat16"):
+        x = patterns.view(DTYPES[dtype]).reshape(1, -1, D - 8)
+        x = np.concatenate([x, np.zeros((*x.shape[:2], 8), x.dtype)], -1).astype(np.float32)
+        k = D
+        tensors = {"idx": np.arange(k), "gamma": np.zeros(k, np.float32)}
+        feeds = {"x": x, "scale": np.ones(1, np.float32), **tensors}
+        np.testing.assert_array_equal(run(one_node_model(STEER_AU, dtype, rank=3), feeds), x)
+
+
+@needs_library
+def test_a_value_that_others_read_is_not_overwritten() -> None:
+    """The kernel works in place only where nothing else reads its input."""
+    model = one_node_model(STEER_AU, "float", rank=3)
+    before = model.graph.node(0).outputs[0]
+    after = model.graph.node(1).outputs[0]
+    total = ir.node("Add", [before, after])
+    model.graph.insert_after(model.graph.node(1), total)
+    model.graph.node(3).replace_input_with(0, total.outputs[0])
+    x = activations((2, 5), "float")
+    y = run(model, feeds_for(x, 0))
+    np.testing.assert_allclose(y, x + reference(x, site_tensors(0), 0.7), rtol=1e-5, atol=1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"idx": np.array([0, 7, 8, 21, D])}, "idx: expected numbers from 0"),
+        ({"idx": np.array([0, 7, 8, 21, -1])}, "idx: expected numbers from 0"),
+        ({"gamma": np.ones(4, np.float32)}, "gamma: expected one number for each index"),
+        ({"V": np.ones((4, 1), np.float32)}, r"V: expected \[k, r\]"),
+        ({"V": np.ones((5, 65), np.float32)}, "a rank r from 1 to 64"),
+        ({"b": np.ones(2, np.float32)}, r"b: expected \[r\]"),
+        ({"U": np.ones((2, 5), np.float32)}, r"U: expected \[r, k\]"),
+    ],
+)
+def test_constants_that_do_not_fit_are_refused(
+    changes: dict[str, np.ndarray], says: str
+) -> None:
+    adaptive = changes.keys() & {"V", "b", "U"}
+    model = one_node_model(STEER_AU_ADAPTIVE if adaptive else STEER_AU, "float", rank=3)
+    feeds = feeds_for(activations((1, 2), "float"), 1 if adaptive else 0) | changes
+    for value in model.graph.inputs:
+        value.shape = None if value.name in changes else value.shape
+    with pytest.raises(Exception, match=says):
+        run(model, feeds)
+
+
+@needs_library
+def test_registering_twice_is_once() -> None:
+    options = onnxruntime.SessionOptions()
+    register(options)
+    register(options)
+    model = ir.to_proto(one_node_model(STEER_AU, "float", rank=3)).SerializeToString()
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@needs_library
+def test_an_older_onnxruntime_is_refused_with_its_version() -> None:
+    said = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    def create_status(_code: int, text: bytes) -> int:
+        said.append(text.decode())
+        return 1
+
+    table = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p))
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    def get_api(version: int) -> int | None:
+        return ctypes.addressof(table) if version <= 17 else None
+
+    @ctypes.CFUNCTYPE(ctypes.c_char_p)
+    def version_string() -> bytes:
+        return b"1.17.3"
+
+    base = (ctypes.c_void_p * 2)(
+        *(ctypes.cast(f, ctypes.c_void_p) for f in (get_api, version_string))
+    )
+    entry = ctypes.CDLL(str(custom_op_library())).RegisterCustomOps
+    entry.restype = ctypes.c_void_p
+    assert entry(None, ctypes.byref(base)) == 1
+    assert said == ["austeer's operators need onnxruntime 1.18 or newer, this is 1.17.3"]
+
+
+@needs_library
+def test_facts_of_the_library() -> None:
+    facts = custom_op.library_facts()
+    assert facts is not None and facts["compiler"] and "cuda" in facts
+
+
+def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom_op, "_NAMES", {})
+    monkeypatch.setattr(custom_op.sys, "platform", "none")
+    monkeypatch.setattr(custom_op, "__file__", "/nowhere/custom_op.py")
+    assert custom_op.library_file() is None and custom_op.library_facts() is None
+    with pytest.raises(GraphError, match="none was built with this installation"):
+        register(onnxruntime.SessionOptions())
+
+
+def test_a_file_that_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom_op, "library_file", lambda: tmp_path / "lib.so")
+    (tmp_path / "lib.so").write_text("not a library")
+    with pytest.raises(GraphError, match="onnxruntime cannot load it"):
+        register(onnxruntime.SessionOptions())
+    with pytest.raises(GraphError, match="cannot be loaded"):
+        custom_op.library_facts()
