@@ -1,8 +1,8 @@
 """Builds the operator library with CMake while the wheel is made, where a compiler is there.
 
 Without a C++ compiler the package installs all the same: steered graphs then run by their
-function bodies. `AUSTEER_OPS=require` makes a missing or failing build an error, `AUSTEER_OPS=skip`
-leaves the library out, `AUSTEER_CUDA=0` its CUDA kernels.
+function bodies. With `AUSTEER_OPS=require` a missing or failing build is an error, with
+`AUSTEER_OPS=skip` the library is left out, with `AUSTEER_CUDA=0` its CUDA kernels.
 """
 
 from __future__ import annotations
