@@ -6,6 +6,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from austeer.adapters._errors import GraphError
+
 PACKAGES = (
     "austeer",
     "torch",
@@ -24,20 +26,20 @@ PACKAGES = (
 )
 _TRANSFORMERS = ((4, 57), (6, 0))
 _ORT = (1, 24)
-OP_LIBRARY = "not built (portable function body is used)"
 
 
 def describe_environment() -> dict[str, Any]:
     """Everything `austeer-export doctor` reports; `problems` is empty on a sound machine."""
     packages = {name: _version(name) for name in PACKAGES}
+    library, trouble = _op_library()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
         "torch": _torch(),
         "onnxruntime": _onnxruntime(),
-        "op_library": OP_LIBRARY,
-        "problems": _problems(packages),
+        "op_library": library,
+        "problems": _problems(packages) + trouble,
     }
 
 
@@ -51,7 +53,7 @@ def environment_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("torch devices", ", ".join(["cpu", *torch["cuda"]])))
     if runtime:
         rows.append(("onnxruntime providers", ", ".join(runtime["providers"])))
-    rows.append(("op library", values["op_library"]))
+    rows += _library_rows(values["op_library"])
     return rows
 
 
@@ -73,6 +75,37 @@ def _onnxruntime() -> dict[str, Any] | None:
     except ImportError:
         return None
     return {"providers": onnxruntime.get_available_providers()}
+
+
+def _op_library() -> tuple[dict[str, Any] | None, list[str]]:
+    """What the operator library is and how its self-test went; problems with it."""
+    from austeer.graphs.custom_op import library_facts, library_file
+
+    path = library_file()
+    if path is None:
+        return None, []
+    found: dict[str, Any] = {"path": str(path), "self_test": None}
+    try:
+        found |= library_facts() or {}
+        if _onnxruntime():
+            from austeer.graphs.self_test import self_test
+
+            found["self_test"] = self_test()
+    except GraphError as error:
+        return found, [str(error)]
+    return found, []
+
+
+def _library_rows(library: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if library is None:
+        return [("op library", "not built (portable function body is used)")]
+    rows = [("op library", library["path"])]
+    if "compiler" in library:
+        cuda = f"CUDA for {library['cuda']}" if library["cuda"] else "no CUDA kernels"
+        rows.append(("op library built by", f"{library['compiler']}; {cuda}"))
+    for provider, difference in (library["self_test"] or {}).items():
+        rows.append(("op library self-test", f"{provider}: within {difference:.1g}"))
+    return rows
 
 
 def _problems(packages: dict[str, str | None]) -> list[str]:
