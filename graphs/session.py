@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from austeer.adapters._errors import GraphError
+from austeer.graphs.custom_op import register
 
 MODEL_NAME = "model.onnx"
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
@@ -30,10 +31,11 @@ class OnnxCausalLM:
         path: the `.onnx` file, or a folder with `model.onnx` in it.
         threads: threads per operator; None leaves the choice to onnxruntime.
         providers: execution providers, first choice first.
+        kernels: run steering nodes by the compiled kernels instead of their function bodies.
 
     Raises:
         GraphError: onnxruntime is not installed, or cannot load the model, or the model has
-            no KV cache in the naming above.
+            no KV cache in the naming above; or `kernels` without a library of them.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class OnnxCausalLM:
         *,
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        kernels: bool = False,
     ) -> None:
         path = Path(path)
         self._path = path / MODEL_NAME if path.is_dir() else path
         self._runtime = _onnxruntime()
-        self._session = self._load(threads, providers)
+        self._session = self._load(threads, providers, kernels)
         inputs = {item.name: item for item in self._session.get_inputs()}
         self._past = [name for name in inputs if _PAST.fullmatch(name)]
         self._presents = [name.replace("past_key_values", "present") for name in self._past]
@@ -138,11 +141,13 @@ class OnnxCausalLM:
         create = self._runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
         return [create(np.zeros(shape, f"u{self._size}"), self._element) for shape in shapes]
 
-    def _load(self, threads: int | None, providers: Sequence[str]) -> Any:
+    def _load(self, threads: int | None, providers: Sequence[str], kernels: bool) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if kernels:
+            register(options)
         if not self._path.is_file():
             raise GraphError(f"{self._path}: no such ONNX model")
         try:

@@ -20,6 +20,7 @@ from types import ModuleType
 import pytest
 
 from austeer import adapters
+from austeer.graphs.custom_op import library_file
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGES = ("adapters", "graphs", "exporter")
@@ -189,6 +190,8 @@ def test_wheel_contains_every_module(tmp_path: Path) -> None:
         name.startswith(("adapters/", "tests/", "austeer/__init__")) for name in names
     )
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    library = library_file()
+    assert library is None or f"austeer/graphs/{library.name}" in names
 
 
 def public_names(module: ModuleType) -> set[str]:

@@ -27,6 +27,7 @@ from austeer.adapters import (
 )
 from austeer.exporter.onnx_export import export_base, export_graph, write_onnx
 from austeer.graphs import OnnxCausalLM, graft_file, load_model
+from austeer.graphs.custom_op import library_file
 
 pytest.importorskip("onnxruntime")
 
@@ -138,14 +139,16 @@ def test_grafted_graph_is_the_hooked_model(
     model, base = bases(model_type)
     adapter = make_adapter(model, component, rank)
     graft_file(base, adapter, tmp_path / "steered.onnx")
-    steered = OnnxCausalLM(tmp_path / "steered.onnx", threads=1)
     with hooked(model, adapter):
         expected = torch_logits(model, PROMPTS)
         tokens = torch_greedy(model, PROMPTS, NEW_TOKENS)
-    found = steered.logits(PROMPTS)
-    check_close(found, expected)
-    assert np.abs(found - torch_logits(model, PROMPTS)).max() > 1e-2
-    assert np.array_equal(steered.generate(PROMPTS, NEW_TOKENS), tokens)
+    plain = torch_logits(model, PROMPTS)
+    for kernels in [False, True] if library_file() else [False]:
+        steered = OnnxCausalLM(tmp_path / "steered.onnx", threads=1, kernels=kernels)
+        found = steered.logits(PROMPTS)
+        check_close(found, expected)
+        assert np.abs(found - plain).max() > 1e-2
+        assert np.array_equal(steered.generate(PROMPTS, NEW_TOKENS), tokens)
 
 
 @pytest.mark.slow
