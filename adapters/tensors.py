@@ -17,9 +17,12 @@ import ml_dtypes
 import numpy as np
 
 from austeer.adapters._errors import ModelError
+from austeer.adapters._files import publish_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
+
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -125,6 +128,36 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
     _check_layout(file, list(entries.values()), 8 + length, total)
     return entries
+
+
+def read_tensors(file: Path) -> tuple[dict[str, str], Tensors]:
+    """Metadata and tensors of one safetensors file, in memory.
+
+    Raises:
+        ModelError: truncated or malformed.
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {name: entry.read() for name, entry in read_header(file).items()}
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return opened.metadata() or {}, tensors
+    except SafetensorError as error:
+        raise ModelError(str(error)) from error
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Write one safetensors file, atomically; an existing file is replaced.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from safetensors.numpy import save
+
+    with publish_file(path) as work:
+        # Not save_file: what it leaves behind when killed has a name of its own.
+        work.write_bytes(save(tensors, metadata=metadata))
 
 
 def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:

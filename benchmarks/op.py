@@ -21,6 +21,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from austeer.graphs import STEER_AU, STEER_AU_ADAPTIVE, SteerOp, register, steer_function
+from austeer.graphs.graft import constant
 from austeer.graphs.opset import DOMAIN
 
 WIDTH, UNITS, RANK, NODES, OPSET = 4096, 100, 1, 16, 20
@@ -148,11 +149,7 @@ def _add(graph: ir.Graph, node: ir.Node) -> ir.Value:
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        shape, kind = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
-        graph.register_initializer(
-            ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
-        )
+        graph.register_initializer(constant(name, array))
     return graph.initializers[name]
 
 

@@ -63,7 +63,7 @@ class GraftGainPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Insert the nodes, their constants, the functions and the opset import."""
         places = locate_sites(model.graph, self._adapter)
-        scale = _constant(model.graph, SCALE_NAME, np.array([self._scale], np.float32))
+        scale = _registered(model.graph, SCALE_NAME, np.array([self._scale], np.float32))
         for steered, place in zip(self._adapter.sites, places, strict=True):
             _graft(model.graph, steered, place, scale)
         used = {_operator(steered).name for steered in self._adapter.sites}
@@ -193,7 +193,7 @@ def _node_name(steered: SteeredSite) -> str:
 
 def _graft(graph: ir.Graph, steered: SteeredSite, place: Place, scale: ir.Value) -> None:
     constants = [
-        _constant(graph, initializer_name(steered.site.key, name), array)
+        _registered(graph, initializer_name(steered.site.key, name), array)
         for name, array in _site_tensors(steered).items()
     ]
     x, name = place.value, _node_name(steered)
@@ -244,14 +244,15 @@ def _site_tensors(steered: SteeredSite) -> Mapping[str, np.ndarray]:
     return {name: tensors[name] for name in _operator(steered).tensors}
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def constant(name: str, array: np.ndarray) -> ir.Value:
+    """An initializer that no graph holds yet."""
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
+    shape, kind = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+    return ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+
+
+def _registered(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    value = constant(name, array)
     graph.register_initializer(value)
     return value
 

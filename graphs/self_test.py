@@ -10,6 +10,7 @@ import onnx_ir as ir
 from austeer.adapters._errors import GraphError
 from austeer.graphs.custom_op import register
 from austeer.graphs.function import steer_function
+from austeer.graphs.graft import constant
 from austeer.graphs.opset import DOMAIN, STEER_OPS, VERSION, SteerOp
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
@@ -81,7 +82,7 @@ def _model(op: SteerOp, dtype: ir.DataType) -> ir.Model:
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     arrays["idx"] = rng.permutation(_WIDTH)[:k].astype(np.int64)
     x = ir.val("x", ir.DataType.FLOAT, ["tokens", _WIDTH])
-    constants = [_constant(name, arrays[name]) for name in op.inputs[1:]]
+    constants = [constant(name, arrays[name]) for name in op.inputs[1:]]
     narrow = ir.node("Cast", [x], {"to": int(dtype)})
     steered = ir.node(op.name, [*narrow.outputs, *constants], domain=DOMAIN)
     y = ir.val("y", ir.DataType.FLOAT, ["tokens", _WIDTH])
@@ -95,9 +96,3 @@ def _model(op: SteerOp, dtype: ir.DataType) -> ir.Model:
         name="self_test",
     )
     return ir.Model(graph, ir_version=10, functions=[steer_function(op, _OPSET)])
-
-
-def _constant(name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    shape, kind = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
-    return ir.Value(name=name, shape=shape, type=kind, const_value=tensor)

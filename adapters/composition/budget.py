@@ -93,7 +93,7 @@ def combine_within_budget(
     with evaluating(model):
         kl = partial(_mean_kl, share(0).meter, model, whole)
         factor = largest_factor(kl, kl_budget * HEADROOM, progress)
-        made = joined([factor * weight for weight in given])
+        made = whole if factor == 1.0 else joined([factor * weight for weight in given])
         alone = [one.scaled(weight) for one, weight in zip(adapters, given, strict=True)]
         figures = _side_effects(share(1), model, made, whole, alone)
         figures["behaviours"] = {

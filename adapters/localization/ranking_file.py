@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from austeer.adapters._errors import FitError, ModelError
-from austeer.adapters._files import publish_file
 from austeer.adapters.config import library_versions
 from austeer.adapters.sites import Component
-from austeer.adapters.tensors import read_header
+from austeer.adapters.tensors import Tensors, read_tensors, write_tensors
 
 FORMAT = "austeer-ranking"
 FORMAT_VERSION = 1
@@ -77,8 +76,6 @@ def write_ranking(path: Path, info: RankingInfo, counts: Mapping[Component, Coun
     Raises:
         OutputError: it cannot be written.
     """
-    from safetensors.numpy import save_file
-
     tensors = {
         f"{component.value}.{name}": np.ascontiguousarray(array)
         for component, sums in counts.items()
@@ -89,8 +86,7 @@ def write_ranking(path: Path, info: RankingInfo, counts: Mapping[Component, Coun
         "format_version": str(FORMAT_VERSION),
         "info": json.dumps(asdict(info), sort_keys=True),
     }
-    with publish_file(path) as work:
-        save_file(tensors, work, metadata=metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def read_ranking(path: Path) -> tuple[RankingInfo, dict[Component, Counts]]:
@@ -114,17 +110,13 @@ def read_ranking(path: Path) -> tuple[RankingInfo, dict[Component, Counts]]:
     return info, counts
 
 
-def _read(path: Path) -> tuple[RankingInfo, dict[str, np.ndarray[Any, np.dtype[Any]] | None]]:
+def _read(path: Path) -> tuple[RankingInfo, Tensors]:
     """Metadata and tensors of a ranking file; the values are still unchecked."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FitError(f"{path}: expected a ranking file, found none; run localize first")
     try:
-        tensors = {name: entry.read() for name, entry in read_header(path).items()}
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (ModelError, SafetensorError) as error:
+        metadata, tensors = read_tensors(path)
+    except ModelError as error:
         raise FitError(f"{path}: not a readable ranking ({error})") from error
     if metadata.get("format") != FORMAT:
         raise FitError(f"{path}: not a ranking (format {metadata.get('format')!r})")
@@ -134,7 +126,7 @@ def _read(path: Path) -> tuple[RankingInfo, dict[str, np.ndarray[Any, np.dtype[A
             f"{path}: format_version {version!r}, this release reads {FORMAT_VERSION}; "
             "localize again"
         )
-    return _info(path, metadata.get("info", "")), dict(tensors)
+    return _info(path, metadata.get("info", "")), tensors
 
 
 def _info(path: Path, text: str) -> RankingInfo:

@@ -27,10 +27,10 @@ from austeer.adapters.localization.state_file import (
     SUFFIX,
     Purpose,
     StatePart,
-    Tensors,
     write_state,
 )
 from austeer.adapters.sites import Component
+from austeer.adapters.tensors import Tensors
 
 notice = logging.getLogger("austeer")
 

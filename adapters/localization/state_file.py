@@ -13,16 +13,13 @@ import numpy as np
 from jaxtyping import Bool
 
 from austeer.adapters._errors import FitError, ModelError, OutputError
-from austeer.adapters._files import publish_file
 from austeer.adapters.localization.momentum import MomentumCounter
 from austeer.adapters.sites import Component
-from austeer.adapters.tensors import read_header
+from austeer.adapters.tensors import Tensors, read_tensors, write_tensors
 
 FORMAT = "austeer-localization-state"
 FORMAT_VERSION = "1"
 SUFFIX = ".safetensors"
-
-Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +98,6 @@ def write_state(path: Path, tensors: Tensors, purpose: Purpose) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    from safetensors.numpy import save
-
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -111,19 +106,13 @@ def write_state(path: Path, tensors: Tensors, purpose: Purpose) -> None:
         "token_budget": str(purpose.token_budget),
         "checksum": _checksum(tensors),
     }
-    with publish_file(path) as work:
-        # Not save_file: what it leaves behind when killed has a name of its own.
-        work.write_bytes(save(tensors, metadata=metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def _load(path: Path) -> tuple[dict[str, str], Tensors]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        tensors = {name: entry.read() for name, entry in read_header(path).items()}
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (ModelError, SafetensorError, OSError) as error:
+        metadata, tensors = read_tensors(path)
+    except (ModelError, OSError) as error:
         raise _damaged(path, str(error)) from error
     if metadata.get("format") != FORMAT:
         raise _damaged(path, f"format {metadata.get('format')!r}")

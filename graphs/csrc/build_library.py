@@ -31,29 +31,27 @@ class BuildLibrary(build_ext):
 
     def run(self) -> None:
         """Build the library, or say why not."""
-        cmake, compiler = _cmake(), _compiler()
+        self._cmake, self._compiler = _cmake() or "", _compiler() or ""
         if os.environ.get("AUSTEER_OPS") == "skip":
             self._skip("AUSTEER_OPS=skip")
-        elif cmake is None or compiler is None:
-            self._skip(f"found no {'CMake' if cmake is None else 'C++ compiler'}")
+        elif not (self._cmake and self._compiler):
+            self._skip(f"found no {'C++ compiler' if self._cmake else 'CMake'}")
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
         """Let CMake build the one extension there is."""
-        cmake, compiler = _cmake(), _compiler()
-        assert cmake and compiler
         try:
-            self._build(cmake, compiler, Path(self.get_ext_fullpath(ext.name)))
+            self._build(Path(self.get_ext_fullpath(ext.name)))
         except subprocess.CalledProcessError as error:
             self._skip(f"{error.cmd[0]} failed with {error.returncode}")
 
-    def _build(self, cmake: str, compiler: str, target: Path) -> None:
+    def _build(self, target: Path) -> None:
         work = Path(self.build_temp).resolve() / "austeer_ops"
         work.mkdir(parents=True, exist_ok=True)
         cuda = "OFF" if os.environ.get("AUSTEER_CUDA") == "0" else "ON"
-        options = [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DAUSTEER_CUDA={cuda}"]
-        subprocess.run([cmake, "-S", HERE, "-B", work, *options], check=True)
-        subprocess.run([cmake, "--build", work, "--config", "Release"], check=True)
+        options = [f"-DCMAKE_CXX_COMPILER={self._compiler}", f"-DAUSTEER_CUDA={cuda}"]
+        subprocess.run([self._cmake, "-S", HERE, "-B", work, *options], check=True)
+        subprocess.run([self._cmake, "--build", work, "--config", "Release"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         found = next(path for path in work.rglob(target.name) if path.is_file())
         shutil.copyfile(found, target)

@@ -1,6 +1,7 @@
 // Registration of the operators with onnxruntime, and what its callbacks do.
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -135,7 +136,7 @@ struct Work {
 void run_block(void* data, std::size_t number) {
   const Work& work = *static_cast<const Work*>(data);
   const std::size_t first = number * work.block;
-  const std::size_t step = work.rows.width * (work.type == Type::kFloat ? 4 : 2);
+  const std::size_t step = work.rows.width * size_of(work.type);
   Rows rows = work.rows;
   rows.tokens = std::min(work.block, work.rows.tokens - first);
   rows.x = static_cast<const char*>(rows.x) + first * step;
@@ -145,7 +146,7 @@ void run_block(void* data, std::size_t number) {
 
 ort::Status* run_on_cpu(const Op& op, const ort::Context* context, const Site& site,
                         const Rows& rows) {
-  const std::size_t step = rows.width * (op.type == Type::kFloat ? 4 : 2);
+  const std::size_t step = rows.width * size_of(op.type);
   std::size_t block = std::max<std::size_t>(1, kBlockBytes / step);
   block = std::max(block, (rows.tokens + kMostBlocks - 1) / kMostBlocks);
   const std::size_t blocks = (rows.tokens + block - 1) / block;

@@ -17,6 +17,8 @@ constexpr std::size_t kMaxRank = 64;
 
 enum class Type { kFloat, kFloat16, kBFloat16 };
 
+constexpr std::size_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
+
 // The site's constants, where the kernel runs; V, b and U are null without a predictor.
 struct Site {
   const std::int64_t* idx;

@@ -181,8 +181,7 @@ AUSTEER_KERNEL(adaptive_bfloat16, adaptive, BFloat16)
 
 void steer_cpu(Type type, const Site& site, const Rows& rows) {
   if (rows.x != rows.y) {
-    const std::size_t size = type == Type::kFloat ? 4 : 2;
-    std::memcpy(rows.y, rows.x, rows.tokens * rows.width * size);
+    std::memcpy(rows.y, rows.x, rows.tokens * rows.width * size_of(type));
   }
   const bool fixed = site.V == nullptr;
   switch (type) {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from reference import MODEL_TYPES, alone
 from samples import some_tokens
 
 from austeer.adapters import Component, FitError, ModelError, Site
@@ -15,13 +16,6 @@ from austeer.adapters.tokens import PairTokens
 
 TinyModel = Callable[..., Any]
 SITES = [Site(layer, component) for layer in range(2) for component in Component]
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
-# Written out here, not taken from the code under test: layer, attention and MLP projections.
-PATHS = {
-    **dict.fromkeys(MODEL_TYPES, ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj")),
-    "gpt2": ("transformer.h.{}", "attn.c_proj", "mlp.c_proj"),
-    "gpt_neox": ("gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h"),
-}
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},
     torch.bfloat16: {"rtol": 0.05, "atol": 0.1},
@@ -29,37 +23,6 @@ TOLERANCE = {
 
 
 TOKENS = some_tokens([(40, 10, 20), (0, 30, 2), (19, 22, 32), (3, 1, 1), (50, 1, 9)])
-
-
-def alone(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
-    """The last token's activations of one string, by hooks of our own on the whole model."""
-    layer_path, attention, mlp = PATHS[model.config.model_type]
-    found: dict[Site, torch.Tensor] = {}
-    handles = []
-
-    def keep(site: Site, x: Any) -> None:
-        found[site] = (x[0] if isinstance(x, tuple) else x)[0, -1]
-
-    for number in range(2):
-        layer = model.get_submodule(layer_path.format(number))
-        attention_in, ffn, neuron, out = (Site(number, component) for component in Component)
-        handles += [
-            layer.get_submodule(attention).register_forward_pre_hook(
-                lambda _, x, site=attention_in: keep(site, x)
-            ),
-            layer.get_submodule(mlp).register_forward_pre_hook(
-                lambda _, x, site=neuron: keep(site, x)
-            ),
-            layer.get_submodule(mlp).register_forward_hook(
-                lambda _, __, x, site=ffn: keep(site, x)
-            ),
-            layer.register_forward_hook(lambda _, __, x, site=out: keep(site, x)),
-        ]
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def captured(model: Any, **options: Any) -> dict[tuple[int, Site], tuple[Any, Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from reference import alone
 from samples import some_tokens
 
 from austeer.adapters import Component, FitError, ModelError, Site
@@ -31,37 +32,13 @@ def windowed(tiny_model: TinyModel, model_type: str, **changes: Any) -> Any:
     return tiny_model(model_type, sliding_window=16, **changes)
 
 
-def projections(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
-    """Last-token activations of one string, by hooks of our own (not GPT-2, not NeoX)."""
-    found: dict[Site, torch.Tensor] = {}
-
-    def keep(site: Site, x: Any) -> None:
-        found[site] = (x[0] if isinstance(x, tuple) else x)[0, -1]
-
-    handles = []
-    for number, layer in enumerate(model.model.layers):
-        into, ffn, neuron, out = (Site(number, component) for component in Component)
-        down, o_proj = layer.mlp.down_proj, layer.self_attn.o_proj
-        handles += [
-            o_proj.register_forward_pre_hook(lambda _, x, site=into: keep(site, x)),
-            down.register_forward_pre_hook(lambda _, x, site=neuron: keep(site, x)),
-            down.register_forward_hook(lambda _, __, x, site=ffn: keep(site, x)),
-            layer.register_forward_hook(lambda _, __, x, site=out: keep(site, x)),
-        ]
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    return found
-
-
 def check_against_single_strings(model: Any, **options: Any) -> None:
     seen = 0
     for batch in capture(model, TOKENS, SITES, **options):
         for place, number in enumerate(batch.pairs):
             pair = TOKENS[number]
             for side, ids in enumerate((pair.positive, pair.negative)):
-                wanted = projections(model, pair.prefix + ids)
+                wanted = alone(model, pair.prefix + ids)
                 for site in SITES:
                     found = batch.values[site][side][place]
                     torch.testing.assert_close(found, wanted[site], **TOLERANCE)
