@@ -72,12 +72,21 @@ class SteeredSite:
         Raises:
             SiteError: a unit number ≥ `width`.
         """
-        worst = int(self.index.max())
-        if worst >= width:
-            raise SiteError(
-                f"{self.site}: unit {worst} outside width {width}; "
-                "was the adapter made for another model?"
-            )
+        check_units(self.site, self.index, width)
+
+
+def check_units(site: Site, index: Int[np.ndarray, " k"], width: int) -> None:
+    """Refuse units that the model does not have.
+
+    Raises:
+        SiteError: a unit number ≥ `width`.
+    """
+    worst = int(index.max())
+    if worst >= width:
+        raise SiteError(
+            f"{site}: unit {worst} outside width {width}; "
+            "was the adapter made for another model?"
+        )
 
 
 def check_sites(

@@ -32,6 +32,7 @@ from austeer.exporter._options import (
     steering_options,
 )
 from austeer.exporter.adapter_commands import combine, show
+from austeer.exporter.graft_command import graft
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, RunOptions
 
@@ -202,6 +203,7 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
     _print_product(export.row, as_json)
 
 
+cli.add_command(graft)
 cli.add_command(show)
 cli.add_command(combine)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +11,16 @@ import onnx_ir as ir
 
 from austeer.adapters._errors import AusteerError, GraphError
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.sites import Refusal
-from austeer.adapters.steered_site import SteeredSite
+from austeer.adapters.sites import Refusal, Site
+from austeer.adapters.steered_site import check_units
 from austeer.graphs.function import steer_functions
-from austeer.graphs.locate import NAME_SCOPES, Place, SiteLocator
+from austeer.graphs.graft_plan import Array, GraftPlan, ScaleAs, SteeringNode, plan_graft
+from austeer.graphs.locating.locate import Place, SiteLocator
+from austeer.graphs.locating.scopes import NAME_SCOPES
+from austeer.graphs.locating.skip_norm import split_skip_norm
 from austeer.graphs.model_io import load_model, save_model
-from austeer.graphs.opset import (
-    DOMAIN,
-    PREFIX,
-    SCALE_NAME,
-    STEER_AU,
-    STEER_AU_ADAPTIVE,
-    VERSION,
-    SteerOp,
-    initializer_name,
-    node_name,
-)
+from austeer.graphs.opset import DOMAIN, SCALE_INPUT, SCALE_NAME, VERSION
+from austeer.graphs.ungraft import check_not_grafted, steering_nodes
 
 _MIN_IR_VERSION = 8
 """The first ONNX file version with model-local functions."""
@@ -34,20 +29,18 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class GraftGainPass(ir.passes.InPlacePass):
-    """Insert a `SteerAU` or `SteerAUAdaptive` node at every site of an adapter.
+    """Insert the `SteerAU` and `SteerAUAdaptive` nodes of a plan, each at its site.
 
     Requires a model without `ai.austeer` nodes in which every site is found; ensures that
-    every site has exactly one node, that it is read, and that its function body is there.
+    every node is there once, that it is read, and that its function body is there.
 
     Args:
-        adapter: what to steer.
-        scale: strength factor, stored in the shared initializer `austeer.scale`.
+        plan: what to insert.
     """
 
-    def __init__(self, adapter: SteeringAdapter, scale: float = 1.0) -> None:
+    def __init__(self, plan: GraftPlan) -> None:
         super().__init__()
-        self._adapter = adapter
-        self._scale = scale
+        self._plan = plan
 
     def requires(self, model: ir.Model) -> None:
         """Refuse a model that is grafted already, too old, or lacks a site.
@@ -58,15 +51,18 @@ class GraftGainPass(ir.passes.InPlacePass):
         """
         check_not_grafted(model)
         steer_functions(_onnx_opset(model))
-        locate_sites(model.graph, self._adapter)
+        _check_names(model.graph, self._plan)
+        self._places(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Insert the nodes, their constants, the functions and the opset import."""
-        places = locate_sites(model.graph, self._adapter)
-        scale = _registered(model.graph, SCALE_NAME, np.array([self._scale], np.float32))
-        for steered, place in zip(self._adapter.sites, places, strict=True):
-            _graft(model.graph, steered, place, scale)
-        used = {_operator(steered).name for steered in self._adapter.sites}
+        places = self._places(model)
+        scale = _scale_value(model.graph, self._plan)
+        for node in self._plan.nodes:
+            place = places[node.site]
+            # A further slot steers what the one before has steered.
+            places[node.site] = _graft(model.graph, node, place, scale)
+        used = {node.op.name for node in self._plan.nodes}
         for name, function in steer_functions(_onnx_opset(model)).items():
             if name in used:
                 model.functions[function.identifier()] = function
@@ -75,15 +71,15 @@ class GraftGainPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(places))
 
     def ensures(self, model: ir.Model) -> None:
-        """Check the grafted model against the adapter.
+        """Check the grafted model against the plan.
 
         Raises:
             GraphError: a site without its node, a node that nothing reads, a missing body.
         """
-        nodes = {str(node.name): node for node in _steering_nodes(model)}
-        wanted = {_node_name(steered): steered for steered in self._adapter.sites}
-        if nodes.keys() != wanted.keys():
-            differing = ", ".join(sorted(nodes.keys() ^ wanted.keys()))
+        nodes = {str(node.name): node for node in steering_nodes(model)}
+        wanted = {node.name for node in self._plan.nodes}
+        if nodes.keys() != wanted:
+            differing = ", ".join(sorted(nodes.keys() ^ wanted))
             raise GraphError(f"graft: nodes and sites differ at {differing}")
         for name, node in nodes.items():
             output = node.outputs[0]
@@ -92,16 +88,30 @@ class GraftGainPass(ir.passes.InPlacePass):
             if node.op_identifier() not in model.functions:
                 raise GraphError(f"graft: the body of {node.op_type} is not in the model")
 
+    def _places(self, model: ir.Model) -> dict[Site, Place]:
+        units: dict[Site, list[Array]] = {}
+        for node in self._plan.nodes:
+            units.setdefault(node.site, []).append(node.tensors["idx"])
+        for values in self._plan.switched:
+            for node in self._plan.nodes:
+                index = values.get(node.constant_name("idx"))
+                units[node.site] += [] if index is None else [index]
+        places = locate_sites(SiteLocator(model.graph, self._plan.architecture), list(units))
+        for place in places:
+            for index in units[place.site]:
+                check_units(place.site, index, place.width)
+        return {place.site: place for place in places}
 
-def graft_model(model: ir.Model, adapter: SteeringAdapter, scale: float = 1.0) -> None:
-    """Graft `adapter` onto `model`, in place.
+
+def apply_plan(model: ir.Model, plan: GraftPlan) -> None:
+    """Graft a plan onto `model`, in place.
 
     Raises:
         GraphError: the model is grafted already, too old, or lacks a site.
         SiteError: a unit outside the site's width.
     """
     try:
-        GraftGainPass(adapter, scale)(model)
+        GraftGainPass(plan)(model)
     except ir.passes.InvariantError as error:
         # The pass framework wraps the reason; users want the reason itself.
         if isinstance(error.__cause__, AusteerError):
@@ -109,8 +119,29 @@ def graft_model(model: ir.Model, adapter: SteeringAdapter, scale: float = 1.0) -
         raise
 
 
+def graft_model(
+    model: ir.Model,
+    adapter: SteeringAdapter,
+    scale: float = 1.0,
+    *,
+    scale_as: ScaleAs = ScaleAs.CONSTANT,
+) -> None:
+    """Graft `adapter` onto `model`, in place.
+
+    Raises:
+        GraphError: the model is grafted already, too old, or lacks a site.
+        SiteError: a unit outside the site's width.
+    """
+    apply_plan(model, plan_graft(adapter, scale, scale_as))
+
+
 def graft_file(
-    base_onnx: Path, adapter: SteeringAdapter, out_onnx: Path, *, scale: float = 1.0
+    base_onnx: Path,
+    adapter: SteeringAdapter,
+    out_onnx: Path,
+    *,
+    scale: float = 1.0,
+    scale_as: ScaleAs = ScaleAs.CONSTANT,
 ) -> None:
     """Write the model at `base_onnx`, steered by `adapter`, to the new file `out_onnx`.
 
@@ -123,95 +154,104 @@ def graft_file(
         OutputError: `out_onnx` exists or cannot be written.
     """
     model = load_model(base_onnx)
-    graft_model(model, adapter, scale)
+    graft_model(model, adapter, scale, scale_as=scale_as)
     save_model(model, out_onnx)
 
 
-def check_not_grafted(model: ir.Model) -> None:
-    """Refuse a model that holds steering nodes or their constants already.
-
-    Raises:
-        GraphError: it does; names one.
-    """
-    marks = [str(node.name) for node in _steering_nodes(model)]
-    # An inlined graft has no node of ours left, but its constants.
-    marks += [name for name in model.graph.initializers if name.startswith(f"{PREFIX}.")]
-    if marks:
-        raise GraphError(
-            f"the model is steered already, see {marks[0]}; graft onto the base model instead"
-        )
+def steered_values(model: ir.Model) -> dict[str, tuple[str, str]]:
+    """Names of the activations before and after each steering node, by node name."""
+    return {
+        str(node.name): (str(x.name), str(node.outputs[0].name))
+        for node in steering_nodes(model)
+        if (x := node.inputs[0]) is not None
+    }
 
 
-def locate_sites(graph: ir.Graph, adapter: SteeringAdapter) -> list[Place]:
-    """Places of the adapter's sites, in the adapter's order.
+def locate_sites(locator: SiteLocator, sites: Sequence[Site]) -> list[Place]:
+    """Places of `sites`, in their order.
 
     Raises:
         GraphError: a site is not found, or cannot be steered here.
-        SiteError: a unit outside the site's width.
     """
-    locator = SiteLocator(graph, adapter.architecture)
     places: list[Place] = []
-    for steered in adapter.sites:
-        place = locator.find(steered.site)
+    for site in sites:
+        place = locator.find(site)
         if isinstance(place, Refusal):
             raise GraphError(str(place))
-        steered.check_width(place.width)
         _check_place(place, places)
         places.append(place)
     return places
 
 
 def _check_place(place: Place, others: list[Place]) -> None:
-    if place.value.dtype not in _FLOATS:
+    if place.dtype not in _FLOATS:
         raise GraphError(
-            f"{place.site}: {place.value.name} is {place.value.dtype}, expected float, "
-            "float16 or bfloat16; graft onto a model with floating activations"
+            f"{place.site}: {place.value.name} is {place.dtype or 'of unknown type'}, expected "
+            "float, float16 or bfloat16; graft onto a model with floating activations"
         )
     for other in others:
-        if other.value is place.value:
+        if other.value is place.value and other.skip_norm is place.skip_norm:
             raise GraphError(
                 f"{place.site}: is the same value as {other.site} in this graph "
                 f"({place.value.name}); steer only one of them"
             )
 
 
-def _steering_nodes(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
+def _check_names(graph: ir.Graph, plan: GraftPlan) -> None:
+    if plan.scale_as is ScaleAs.CONSTANT:
+        return
+    taken = {str(value.name) for value in graph.inputs} | set(graph.initializers)
+    if SCALE_INPUT in taken:
+        raise GraphError(
+            f"the model has an input {SCALE_INPUT} of its own; graft onto the base model "
+            "instead, or leave the strength constant"
+        )
 
 
 def _onnx_opset(model: ir.Model) -> int:
     return model.opset_imports.get("", 0)
 
 
-def _operator(steered: SteeredSite) -> SteerOp:
-    return STEER_AU if steered.predictor is None else STEER_AU_ADAPTIVE
+def _scale_value(graph: ir.Graph, plan: GraftPlan) -> ir.Value:
+    array = np.array([plan.scale], np.float32)
+    if plan.scale_as is ScaleAs.CONSTANT:
+        return _registered(graph, SCALE_NAME, array)
+    if plan.scale_as is ScaleAs.OPTIONAL:
+        return _with_default(graph, SCALE_INPUT, array)
+    value = ir.val(SCALE_INPUT, ir.DataType.FLOAT, [1])
+    graph.inputs.append(value)
+    return value
 
 
-def _node_name(steered: SteeredSite) -> str:
-    return node_name(steered.site.key)
-
-
-def _graft(graph: ir.Graph, steered: SteeredSite, place: Place, scale: ir.Value) -> None:
+def _graft(graph: ir.Graph, node: SteeringNode, place: Place, scale: ir.Value) -> Place:
+    """Insert one node; the place of what it makes."""
+    if place.skip_norm is not None:
+        name = f"/{place.module.replace('.', '/')}/Add"
+        total = split_skip_norm(place.skip_norm, name)
+        place = dataclasses.replace(place, value=total, skip_norm=None)
+    register = _with_default if node.switchable else _registered
     constants = [
-        _registered(graph, initializer_name(steered.site.key, name), array)
-        for name, array in _site_tensors(steered).items()
+        register(graph, name, array) for name, array in node.named(node.tensors).items()
     ]
-    x, name = place.value, _node_name(steered)
-    y = ir.Value(name=f"{name}.output", shape=_copy(x.shape), type=x.type)
-    node = ir.Node(
+    x = place.value
+    if x.type is None and place.dtype is not None:
+        x.type = ir.TensorType(place.dtype)
+    y = ir.Value(name=f"{node.name}.output", shape=_copy(x.shape), type=x.type)
+    fresh = ir.Node(
         DOMAIN,
-        _operator(steered).name,
+        node.op.name,
         [x, *constants, scale],
         outputs=[y],
-        name=name,
-        metadata_props={NAME_SCOPES: str(["", place.module, name])},
+        name=node.name,
+        metadata_props={NAME_SCOPES: str(["", place.module, node.name])},
     )
     producer = x.producer()
     if producer is None:
-        graph.insert_before(graph[0], node)
+        graph.insert_before(graph[0], fresh)
     else:
-        graph.insert_after(producer, node)
-    _redirect(place, node, y)
+        graph.insert_after(producer, fresh)
+    _redirect(place, fresh, y)
+    return dataclasses.replace(place, value=y)
 
 
 def _redirect(place: Place, node: ir.Node, y: ir.Value) -> None:
@@ -233,27 +273,25 @@ def _take_over_outputs(graph: ir.Graph | ir.Function | None, x: ir.Value, y: ir.
             graph.outputs[position] = y
 
 
-def _site_tensors(steered: SteeredSite) -> Mapping[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {
-        "idx": steered.index.astype(np.int64),
-        "gamma": steered.gamma.astype(np.float32),
-    }
-    if steered.predictor is not None:
-        for part in ("V", "b", "U"):
-            tensors[part] = np.ascontiguousarray(getattr(steered.predictor, part), np.float32)
-    return {name: tensors[name] for name in _operator(steered).tensors}
-
-
-def constant(name: str, array: np.ndarray) -> ir.Value:
+def constant(name: str, array: Array) -> ir.Value:
     """An initializer that no graph holds yet."""
     tensor = ir.tensor(array, name=name)
     shape, kind = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
     return ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
 
 
-def _registered(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def _registered(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     value = constant(name, array)
     graph.register_initializer(value)
+    return value
+
+
+def _with_default(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """A graph input that may be left out; a run may give another number of units or rank."""
+    value = _registered(graph, name, array)
+    if name != SCALE_INPUT:
+        value.shape = ir.Shape([f"{name}.{axis}" for axis in range(array.ndim)])
+    graph.inputs.append(value)
     return value
 
 

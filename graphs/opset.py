@@ -26,6 +26,9 @@ PREFIX = "austeer"
 SCALE_NAME = f"{PREFIX}.scale"
 """The initializer that all steering nodes of a model share."""
 
+SCALE_INPUT = "steering_scale"
+"""The graph input that takes its place where the strength is set at run time."""
+
 
 @dataclass(frozen=True, slots=True)
 class SteerOp:
@@ -52,11 +55,14 @@ STEER_OPS = (STEER_AU, STEER_AU_ADAPTIVE)
 _FILE_NAMES = {"idx": "index"}
 
 
-def node_name(site_key: str) -> str:
-    """Graph name of a site's node: `austeer.layers.{i}.{component}`."""
-    return f"{PREFIX}.{site_key}"
+def node_name(site_key: str, slot: int = 0) -> str:
+    """Graph name of a site's node: `austeer.layers.{i}.{component}`.
+
+    Nodes of a further slot have its number: `austeer.{slot}.layers.{i}.{component}`.
+    """
+    return f"{PREFIX}.{f'{slot}.' if slot else ''}{site_key}"
 
 
-def initializer_name(site_key: str, tensor: str) -> str:
-    """Graph name of a site's constant: `austeer.layers.{i}.{component}.{index|gamma|V|b|U}`."""
-    return f"{node_name(site_key)}.{_FILE_NAMES.get(tensor, tensor)}"
+def initializer_name(site_key: str, tensor: str, slot: int = 0) -> str:
+    """Graph name of a site's constant: its node's, then `.{index|gamma|V|b|U}`."""
+    return f"{node_name(site_key, slot)}.{_FILE_NAMES.get(tensor, tensor)}"

@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from austeer.adapters._errors import GraphError
+from austeer.adapters._files import read_json
 from austeer.graphs.custom_op import register
+from austeer.graphs.opset import SCALE_INPUT
 
 MODEL_NAME = "model.onnx"
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
@@ -33,10 +35,19 @@ class OnnxCausalLM:
         providers: execution providers, first choice first.
         kernels: run steering nodes by the compiled kernels instead of their function bodies.
 
+    Attributes:
+        scale: strength factor of the next runs, for a model with the input `steering_scale`;
+            None leaves the input's default.
+        active: `.onnx_adapter` files (or `onnxruntime.LoraAdapter`) that steer the next runs,
+            for a model grafted with `--as-adapter`; empty runs the base.
+
     Raises:
         GraphError: onnxruntime is not installed, or cannot load the model, or the model has
             no KV cache in the naming above; or `kernels` without a library of them.
     """
+
+    scale: float | None = None
+    active: Sequence[Any] = ()
 
     def __init__(
         self,
@@ -48,20 +59,29 @@ class OnnxCausalLM:
     ) -> None:
         path = Path(path)
         self._path = path / MODEL_NAME if path.is_dir() else path
-        self._runtime = _onnxruntime()
+        self._runtime = onnxruntime_module()
+        self._loaded: dict[str, Any] = {}
         self._session = self._load(threads, providers, kernels)
         inputs = {item.name: item for item in self._session.get_inputs()}
         self._past = [name for name in inputs if _PAST.fullmatch(name)]
         self._presents = [name.replace("past_key_values", "present") for name in self._past]
         self._has_positions = "position_ids" in inputs
         self._check_names(set(inputs))
-        self._heads = {name: tuple(inputs[name].shape[1::2]) for name in self._past}
+        self._heads = {name: self._cache_shape(inputs[name]) for name in self._past}
         self._element, self._size = _ELEMENTS[inputs[self._past[0]].type]
 
     @property
     def half(self) -> bool:
         """Whether the model computes in a 16-bit float."""
         return bool(self._size == 2)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids; 1 where neither the graph nor a config beside it says so."""
+        (logits,) = [item for item in self._session.get_outputs() if item.name == "logits"]
+        if isinstance(logits.shape[-1], int):
+            return logits.shape[-1]
+        return _config_number(self._path.parent, ("vocab_size",)) or 1
 
     def logits(
         self,
@@ -79,6 +99,19 @@ class OnnxCausalLM:
         """
         ids, mask = _batch(input_ids, attention_mask)
         return self._step(ids, mask, self._empty_cache(len(ids)))[0]
+
+    def values(
+        self, input_ids: Int[np.ndarray, "B T"], names: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Outputs of one prefill by name, in their own dtype; bfloat16 as float32.
+
+        Raises:
+            GraphError: no such output, or onnxruntime fails.
+        """
+        ids, mask = _batch(input_ids, None)
+        feeds = self._feeds(ids, mask, self._empty_cache(len(ids)))
+        found = self._run(list(names), feeds)
+        return {name: _array(value) for name, value in zip(names, found, strict=True)}
 
     def generate(
         self,
@@ -118,20 +151,42 @@ class OnnxCausalLM:
     def _step(
         self, fresh: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B total"], cache: list[Any]
     ) -> tuple[Float[np.ndarray, "B T V"], list[Any]]:
-        feeds = {"input_ids": fresh, "attention_mask": mask}
+        feeds = self._feeds(fresh, mask, cache)
+        logits, *cache = self._run(["logits", *self._presents], feeds)
+        return _float32(logits), cache
+
+    def _feeds(
+        self, fresh: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B total"], cache: list[Any]
+    ) -> dict[str, Any]:
+        arrays = {"input_ids": fresh, "attention_mask": mask}
         if self._has_positions:
             positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-            feeds["position_ids"] = positions[:, mask.shape[1] - fresh.shape[1] :]
-        values = {name: self._value(array) for name, array in feeds.items()}
-        values.update(zip(self._past, cache, strict=True))
+            arrays["position_ids"] = positions[:, mask.shape[1] - fresh.shape[1] :]
+        if self.scale is not None:
+            arrays[SCALE_INPUT] = np.array([self.scale], np.float32)
+        feeds = {name: self._value(array) for name, array in arrays.items()}
+        return feeds | dict(zip(self._past, cache, strict=True))
+
+    def _run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        options = None
         try:
+            if self.active:
+                options = self._runtime.RunOptions()
+                for adapter in self.active:
+                    options.add_active_adapter(self._adapter(adapter))
             # The cache stays in the runtime's own values: no copy, any dtype.
-            logits, *cache = self._session.run_with_ort_values(
-                ["logits", *self._presents], values
-            )
+            return list(self._session.run_with_ort_values(names, feeds, options))
         except Exception as error:
             raise GraphError(f"{self._path}: {_reason(error)}") from error
-        return _float32(logits), cache
+
+    def _adapter(self, adapter: Any) -> Any:
+        if not isinstance(adapter, (str, Path)):
+            return adapter
+        key = str(adapter)
+        if key not in self._loaded:
+            self._loaded[key] = self._runtime.LoraAdapter()
+            self._loaded[key].Load(key)
+        return self._loaded[key]
 
     def _value(self, array: np.ndarray) -> Any:
         return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
@@ -140,6 +195,19 @@ class OnnxCausalLM:
         shapes = ((batch, heads, 0, size) for heads, size in self._heads.values())
         create = self._runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
         return [create(np.zeros(shape, f"u{self._size}"), self._element) for shape in shapes]
+
+    def _cache_shape(self, past: Any) -> tuple[int, int]:
+        """Heads and head size of one cache input."""
+        heads, size = past.shape[1], past.shape[3]
+        if isinstance(size, str):
+            # The onnxruntime-genai builder leaves it open and writes it beside the graph.
+            size = _config_number(self._path.parent, ("decoder", "head_size"))
+        if not isinstance(heads, int) or not isinstance(size, int):
+            raise GraphError(
+                f"{self._path}: {past.name} has shape {past.shape}, expected numbers of heads "
+                "and head size there, or head_size in a genai_config.json beside the model"
+            )
+        return heads, size
 
     def _load(self, threads: int | None, providers: Sequence[str], kernels: bool) -> Any:
         options = self._runtime.SessionOptions()
@@ -169,6 +237,19 @@ class OnnxCausalLM:
             )
 
 
+def _config_number(folder: Path, keys: Sequence[str]) -> int | None:
+    """A number of the `genai_config.json` or `config.json` beside a model."""
+    for name, outer in (("genai_config.json", "model"), ("config.json", None)):
+        if not (folder / name).is_file():
+            continue
+        found: Any = read_json(folder / name, GraphError, "export the model again")
+        for key in (outer, *keys) if outer else keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, int):
+            return found
+    return None
+
+
 def _batch(
     input_ids: Int[np.ndarray, "B T"], attention_mask: Int[np.ndarray, "B T"] | None
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
@@ -183,8 +264,12 @@ def _batch(
 
 
 def _float32(value: Any) -> Float[np.ndarray, "*shape"]:
+    return _array(value).astype(np.float32, copy=False)
+
+
+def _array(value: Any) -> np.ndarray:
     if value.data_type() != "tensor(bfloat16)":
-        return np.asarray(value.numpy(), np.float32)
+        return np.asarray(value.numpy())
     # numpy has no bfloat16 and onnxruntime refuses to convert: read its memory, widen the bits.
     shape = value.shape()
     memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
@@ -192,7 +277,12 @@ def _float32(value: Any) -> Float[np.ndarray, "*shape"]:
     return wide.view(np.float32).reshape(shape)
 
 
-def _onnxruntime() -> Any:
+def onnxruntime_module() -> Any:
+    """The onnxruntime package.
+
+    Raises:
+        GraphError: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:

@@ -10,7 +10,7 @@ import re
 
 import onnx_ir as ir
 
-from austeer.graphs.locate import NAME_SCOPES
+from austeer.graphs.locating.scopes import NAME_SCOPES
 
 _SYMBOL = re.compile(r"\bs\d+\b")
 

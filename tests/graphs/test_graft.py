@@ -13,7 +13,14 @@ import onnx_ir as ir
 import pytest
 
 from austeer.adapters import GraphError, OutputError, SiteError, SteeringAdapter
-from austeer.graphs import GraftGainPass, graft_file, graft_model, load_model, save_model
+from austeer.graphs import (
+    GraftGainPass,
+    graft_file,
+    graft_model,
+    load_model,
+    plan_graft,
+    save_model,
+)
 
 UNITS = {
     "attention": ([3, 0], [0.5, -1.5]),
@@ -136,14 +143,15 @@ def test_all_sites_share_one_scale(toy: Any, make_adapter: Any) -> None:
 
 def test_pass_reports_what_it_did(toy: Any, make_adapter: Any) -> None:
     graph = toy()
-    result = GraftGainPass(make_adapter({"layers.0.ffn": UNITS["ffn"]}))(graph.model)
+    plan = plan_graft(make_adapter({"layers.0.ffn": UNITS["ffn"]}))
+    result = GraftGainPass(plan)(graph.model)
     assert result.modified
     assert result.model is graph.model
 
 
 def test_ensures_notices_a_graft_that_nothing_reads(toy: Any, make_adapter: Any) -> None:
     graph = toy()
-    graft = GraftGainPass(make_adapter({"layers.0.layer": UNITS["layer"]}))
+    graft = GraftGainPass(plan_graft(make_adapter({"layers.0.layer": UNITS["layer"]})))
     graft(graph.model)
     (node,) = [node for node in graph.graph if node.domain == "ai.austeer"]
     for reader, position in list(node.outputs[0].uses()):

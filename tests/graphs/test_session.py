@@ -108,7 +108,7 @@ def test_the_cache_grows_by_one_token_a_step(toy_lm: Build) -> None:
     seen = []
     run = model._session.run_with_ort_values
 
-    def spy(names: Any, feeds: Any) -> Any:
+    def spy(names: Any, feeds: Any, options: Any) -> Any:
         shapes = [feeds[name].shape() for name in ("input_ids", "past_key_values.0.key")]
         seen.append([*shapes[0], shapes[1][2]])
         outputs = run(names, feeds)

@@ -133,7 +133,7 @@ def test_projection_used_twice(toy: Callable[..., Any]) -> None:
     graph = toy()
     again = [graph.values["0.mixed"], graph.values["0.o_out"]]
     graph.add("MatMul", again, "again", "model.layers.0.self_attn.o_proj")
-    assert "expected one Gemm or MatMul, found 2" in refusal(graph, "layers.0.attention")
+    assert "expected one matrix product, found 2" in refusal(graph, "layers.0.attention")
 
 
 def test_projection_replaced_by_something_else(toy: Callable[..., Any]) -> None:
@@ -158,9 +158,23 @@ def test_constant_instead_of_activation(toy: Callable[..., Any]) -> None:
     assert "reads no activation" in refusal(graph, "layers.0.attention")
 
 
+def test_width_comes_from_the_weight_where_the_graph_is_silent(toy: Callable[..., Any]) -> None:
+    graph = toy()
+    for value in graph.values.values():
+        value.shape = value.type = None
+    for key, (name, width) in SITES.items():
+        place = find(graph, key)
+        assert isinstance(place, Place)
+        assert (place.value, place.width) == (graph.values[name], width)
+        assert place.dtype == ir.DataType.FLOAT
+
+
 def test_unknown_width(toy: Callable[..., Any]) -> None:
     graph = toy()
-    graph.values["0.out"].shape = None
+    graph.values["0.out"].shape = graph.values["0.product"].shape = None
+    weight = graph.graph.initializers.pop("0.down")
+    weight.const_value = weight.shape = None
+    graph.graph.inputs.append(weight)
     assert "width of 0.out" in refusal(graph, "layers.0.layer")
 
 

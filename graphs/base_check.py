@@ -1,0 +1,92 @@
+"""Check that an ONNX graph is the base model of an adapter, as far as its files can say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from austeer.adapters._errors import AdapterError, GraphError, ModelError
+from austeer.adapters._files import read_json
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.fingerprint import ReadTensor, fingerprint
+from austeer.adapters.sites import Refusal, Site
+from austeer.graphs.locating.locate import SiteLocator
+from austeer.graphs.locating.projections import stored_weight
+
+_EXACT = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def check_base(
+    model: ir.Model, folder: Path, adapter: SteeringAdapter, *, force: bool = False
+) -> bool:
+    """Refuse a graph of another model than the adapter's base.
+
+    A graph in float32 holds the base's weights exactly, so their fingerprint decides. One in
+    float16, or quantized, holds them rounded: only its architecture can be compared.
+
+    Args:
+        model: the ungrafted graph.
+        folder: where it is; a `config.json` there names the architecture.
+        adapter: what shall be grafted.
+        force: accept other weights (never another architecture).
+
+    Returns:
+        Whether the weights were compared and are the base's.
+
+    Raises:
+        AdapterError: another architecture, or other weights (unless `force`).
+    """
+    _check_model_type(folder, adapter)
+    read = _graph_reader(model.graph, adapter)
+    sites = [steered.site for steered in adapter.sites]
+    try:
+        found = fingerprint(adapter.architecture, sites, read)
+    except ModelError:
+        return False
+    wanted = adapter.config.base_model_fingerprint
+    if found == wanted:
+        return True
+    exact = all(
+        weight is not None and weight.dtype in _EXACT
+        for weight in (read(f"{adapter.architecture.projection(s)}.weight") for s in sites)
+    )
+    if exact and not force:
+        raise AdapterError(
+            "adapter for another base model: made for "
+            f"{adapter.config.base_model_name_or_path!r} with fingerprint {wanted}, the "
+            f"graph's weights have {found}; use the right base or --force"
+        )
+    return False
+
+
+def _check_model_type(folder: Path, adapter: SteeringAdapter) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    found = read_json(path, GraphError, "export the model again").get("model_type")
+    if found is not None and found != adapter.config.model_type:
+        raise AdapterError(
+            f"{path}: adapter for a {adapter.config.model_type} model, this one is {found}; "
+            "use the right base"
+        )
+
+
+def _graph_reader(graph: ir.Graph, adapter: SteeringAdapter) -> ReadTensor:
+    architecture = adapter.architecture
+    locator = SiteLocator(graph, architecture)
+    sites: dict[str, Site] = {architecture.projection(s.site): s.site for s in adapter.sites}
+
+    def read(name: str) -> np.ndarray[Any, np.dtype[Any]] | None:
+        module, _, part = name.rpartition(".")
+        site = sites[module]
+        if part == "bias":
+            bias = locator.bias(site)
+            return None if bias is None else bias.numpy()
+        projection = locator.projection(site)
+        weight = None if isinstance(projection, Refusal) else stored_weight(projection.node)
+        return weight if weight is None or architecture.transposed else weight.T
+
+    return read

@@ -1,0 +1,63 @@
+"""Projections that a tool rewrote and left without a module path, given their module back.
+
+Quantizers make new nodes, without the metadata in which `torch.onnx.export(dynamo=True)`
+keeps module paths. What lies around them still says where they are: the last projection of a
+block reads what the block makes and is read by what lies outside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from austeer.graphs.locating.projections import is_projection, read_projection
+from austeer.graphs.locating.scopes import module_path
+
+
+def adopted_members(graph: ir.Graph, module: str) -> list[ir.Node]:
+    """The pathless projection that must be `module`, with the pathless nodes behind it.
+
+    Args:
+        graph: main graph.
+        module: path of a projection that is the last one of its block, the parent module.
+
+    Returns:
+        Empty unless exactly one projection fits.
+    """
+    block = module.rpartition(".")[0]
+    found = [node for node in graph if _fits(node, module, block)]
+    if len(found) != 1:
+        return []
+    return [found[0], *_pathless_behind(found[0])]
+
+
+def _fits(node: ir.Node, module: str, block: str) -> bool:
+    if module_path(node) or not is_projection(node):
+        return False
+    projection = read_projection(node)
+    if isinstance(projection, str):
+        return False
+    maker = projection.activation.producer()
+    if maker is None or not _inside(maker, block):
+        return False
+    behind = [node, *_pathless_behind(node)]
+    readers = [r for part in behind for value in part.outputs for r in value.consumers()]
+    known = [reader for reader in readers if module_path(reader)]
+    return bool(known) and all(_inside(r, module) or not _inside(r, block) for r in known)
+
+
+def _pathless_behind(node: ir.Node) -> Iterator[ir.Node]:
+    seen, queue = {node}, [node]
+    while queue:
+        for value in queue.pop().outputs:
+            for reader in value.consumers():
+                if reader in seen or module_path(reader) or is_projection(reader):
+                    continue
+                seen.add(reader)
+                queue.append(reader)
+                yield reader
+
+
+def _inside(node: ir.Node, module: str) -> bool:
+    return any(path == module or path.endswith(f".{module}") for path in module_path(node))

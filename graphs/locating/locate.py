@@ -1,0 +1,280 @@
+"""Find a site's activation in an ONNX graph by the module paths that its nodes carry.
+
+A site is found by rules on those paths and on the graph's edges, or refused with the nearest
+candidates; it is never guessed and never skipped. `austeer.graphs.locating.scopes` says where
+paths come from, `projections` which nodes are projections.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from austeer.adapters.architectures import Architecture
+from austeer.adapters.sites import Component, Refusal, Site
+from austeer.graphs.locating.adopted import adopted_members
+from austeer.graphs.locating.projections import (
+    Projection,
+    is_projection,
+    read_projection,
+    stored_tensor,
+)
+from austeer.graphs.locating.scopes import NAME_SCOPES, module_path
+from austeer.graphs.locating.skip_norm import is_skip_norm, norm_width
+from austeer.graphs.opset import DOMAIN
+
+BUILDER_NAMES = {
+    Component.ATTENTION: ("model.layers.{i}.attn.o_proj",),
+    Component.FFN: ("model.layers.{i}.mlp.down_proj", "model.layers.{i}.mlp.fc2"),
+}
+"""Projections as the onnxruntime-genai builder calls them, for every architecture."""
+
+_ON_THE_WAY = frozenset(
+    {"Cast", "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}
+)
+"""What may lie between a projection and the residual sum that a skip norm computes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where a site is in a graph.
+
+    Attributes:
+        site: the site.
+        value: its activation, `[..., width]`; for a sum that a fused norm hides, one of the
+            two values added.
+        width: length of the activation's last axis.
+        readers: the nodes that must read the steered activation; None stands for all of
+            them, the graph's outputs included.
+        module: full module path in this graph, for the metadata of grafted nodes.
+        dtype: element type of the activation; None where the graph is silent.
+        skip_norm: the fused norm that hides the site's sum; None where `value` is the site.
+    """
+
+    site: Site
+    value: ir.Value
+    width: int
+    readers: tuple[ir.Node, ...] | None
+    module: str
+    dtype: ir.DataType | None = None
+    skip_norm: ir.Node | None = None
+
+
+class SiteLocator:
+    """Locates sites of one graph; the graph must not change between look-ups.
+
+    Args:
+        graph: main graph of a model from `torch.onnx`, optimum or the onnxruntime-genai
+            builder, quantized or not.
+        architecture: row of the exported model.
+    """
+
+    def __init__(self, graph: ir.Graph, architecture: Architecture) -> None:
+        self._graph = graph
+        self._architecture = architecture
+        self._members: dict[str, list[ir.Node]] = {}
+        for node in graph:
+            if node.domain == DOMAIN:
+                continue
+            for scope in dict.fromkeys(module_path(node)):
+                self._members.setdefault(scope, []).append(node)
+
+    def find(self, site: Site) -> Place | Refusal:
+        """The place of `site`, or why it cannot be found."""
+        if site.component is Component.LAYER:
+            return self._layer(site)
+        module, projection = self._projection(site)
+        if isinstance(projection, Refusal):
+            return projection
+        if self._architecture.hookpoint(site).side == "input":
+            # Other readers of the activation are not part of the site.
+            readers, width = (projection.reader,), projection.in_width
+            return _place(site, module, projection.activation, readers, projection, width)
+        return self._output(site, module, projection)
+
+    def projection(self, site: Site) -> Projection | Refusal:
+        """The projection whose weight bounds `site` (for `layer`: the MLP's last)."""
+        return self._projection(site)[1]
+
+    def bias(self, site: Site) -> ir.TensorProtocol | None:
+        """The stored vector that the module of `site`'s projection adds; None without one."""
+        module, projection = self._projection(site)
+        if isinstance(projection, Refusal):
+            return None
+        adding = [node for node in self._members[module] if node.op_type in ("Add", "Gemm")]
+        behind = [stored_tensor(value) for node in adding for value in node.inputs]
+        vectors = [found[0] for found in behind if found and len(found[0].shape) == 1]
+        return vectors[0] if len(vectors) == 1 else None
+
+    def _projection(self, site: Site) -> tuple[str, Projection | Refusal]:
+        paths = self._projection_paths(site)
+        module = self._module(site, paths)
+        if isinstance(module, Refusal) and self._adopt(paths[0]):
+            module = paths[0]
+        if isinstance(module, Refusal):
+            return "", module
+        members = self._members[module]
+        found = [node for node in members if is_projection(node)]
+        if not found and self._adopt(module):
+            return self._projection(site)
+        if len(found) != 1:
+            present = ", ".join(sorted({node.op_type for node in members}))
+            refusal = Refusal(
+                site,
+                f"module {module}: expected one matrix product, found {len(found)} among "
+                f"{present}",
+            )
+            return module, refusal
+        projection = read_projection(found[0])
+        if isinstance(projection, str):
+            return module, Refusal(site, f"module {module}: {projection}")
+        return module, projection
+
+    def _projection_paths(self, site: Site) -> list[str]:
+        attention = site.component is Component.ATTENTION
+        built = BUILDER_NAMES[Component.ATTENTION if attention else Component.FFN]
+        ours = self._architecture.projection(site)
+        return list(dict.fromkeys([ours, *(path.format(i=site.layer) for path in built)]))
+
+    def _module(self, site: Site, paths: Sequence[str]) -> str | Refusal:
+        # An exported wrapper puts its own attribute name in front of every path.
+        found = [
+            name
+            for name in self._members
+            if any(name == path or name.endswith(f".{path}") for path in paths)
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            return Refusal(
+                site, f"module {paths[0]} is ambiguous in the graph: {', '.join(sorted(found))}"
+            )
+        if not self._members:
+            return Refusal(
+                site,
+                "the graph's nodes carry no module paths, neither in their names nor under "
+                f"{NAME_SCOPES}; export the base with optimum, with the onnxruntime-genai "
+                "builder, or with torch.onnx.export(dynamo=True)",
+            )
+        return Refusal(
+            site, f"module {paths[0]} is not in the graph; nearest: {self._near(paths[0])}"
+        )
+
+    def _adopt(self, module: str) -> bool:
+        adopted = adopted_members(self._graph, module)
+        self._members.setdefault(module, []).extend(adopted)
+        if not self._members[module]:
+            del self._members[module]
+        return bool(adopted)
+
+    def _near(self, path: str) -> str:
+        near = difflib.get_close_matches(path, [n for n in self._members if n], n=3, cutoff=0)
+        return ", ".join(near) or "none"
+
+    def _output(self, site: Site, module: str, projection: Projection) -> Place | Refusal:
+        result = projection.node.outputs[0]
+        inside = set(self._members[module])
+        reached = [result, *_downstream(result, inside)]
+        leaving = [value for value in _leaving(reached, inside) if _may_be_activation(value)]
+        return _only(site, module, leaving, f"behind {projection.node.name}", projection)
+
+    def _layer(self, site: Site) -> Place | Refusal:
+        layer = self._architecture.layer.format(i=site.layer)
+        module = self._module(site, list(dict.fromkeys([layer, f"model.layers.{site.layer}"])))
+        if isinstance(module, Refusal):
+            return module
+        projection = self.projection(site)
+        if isinstance(projection, Refusal):
+            return projection
+        members = self._members[module]
+        own = [node for node in members if module_path(node)[-1] == module]
+        sums = [node.outputs[0] for node in own if node.domain == "" and node.op_type == "Add"]
+        leaving = _leaving(sums, set(members))
+        if not leaving:
+            hidden = _hidden_sum(site, module, projection)
+            if hidden is not None:
+                return hidden
+        return _only(site, module, leaving, "among the layer's own sums", projection)
+
+
+def _hidden_sum(site: Site, module: str, projection: Projection) -> Place | None:
+    """The sum of a decoder layer that the next norm computes."""
+    value = projection.node.outputs[0]
+    for _ in range(8):
+        readers = list(dict.fromkeys(value.consumers()))
+        if len(readers) != 1:
+            return None
+        (node,) = readers
+        if is_skip_norm(node) and value in node.inputs[:2]:
+            width = norm_width(node) or projection.out_width
+            if width is None:
+                return None
+            dtype = value.dtype or projection.dtype
+            return Place(site, value, width, None, module, dtype, node)
+        inside = module_path(node)[-1:] == module_path(projection.node)[-1:]
+        if not inside and node.op_type not in _ON_THE_WAY:
+            return None
+        value = node.outputs[0]
+    return None
+
+
+def _downstream(start: ir.Value, inside: set[ir.Node]) -> Iterator[ir.Value]:
+    seen, queue = {start}, [start]
+    while queue:
+        for node in queue.pop().consumers():
+            for value in node.outputs if node in inside else ():
+                if value not in seen:
+                    seen.add(value)
+                    queue.append(value)
+                    yield value
+
+
+def _may_be_activation(value: ir.Value) -> bool:
+    """Shapes taken of the result are integers, and products of integers come before floats."""
+    if value.dtype is not None:
+        return value.dtype.is_floating_point()
+    producer = value.producer()
+    return producer is None or producer.op_type not in ("Shape", "Size", "MatMulInteger")
+
+
+def _leaving(values: Iterable[ir.Value], inside: set[ir.Node]) -> list[ir.Value]:
+    """Those values that a node outside reads, or that are outputs of the graph."""
+    return [
+        value
+        for value in values
+        if value.is_graph_output() or any(node not in inside for node in value.consumers())
+    ]
+
+
+def _only(
+    site: Site, module: str, values: Sequence[ir.Value], where: str, projection: Projection
+) -> Place | Refusal:
+    if len(values) != 1:
+        names = ", ".join(str(value.name) for value in values) or "none"
+        return Refusal(
+            site, f"module {module}: expected one value that leaves it {where}, found {names}"
+        )
+    return _place(site, module, values[0], None, projection, projection.out_width)
+
+
+def _place(
+    site: Site,
+    module: str,
+    value: ir.Value,
+    readers: tuple[ir.Node, ...] | None,
+    projection: Projection,
+    width: int | None,
+) -> Place | Refusal:
+    """The place, with what its own value says before what the projection says."""
+    own = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    width = own if isinstance(own, int) else width
+    if width is None:
+        return Refusal(
+            site,
+            f"module {module}: the width of {value.name} is not in the graph; "
+            "run onnx.shape_inference on the base model",
+        )
+    return Place(site, value, width, readers, module, value.dtype or projection.dtype)

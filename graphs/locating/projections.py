@@ -1,0 +1,172 @@
+"""Linear projections as nodes of a graph: plain, fused, int8 or int4.
+
+What a site needs of one: the activation that it reads and who reads it, the float value that
+it makes, the lengths of both, and its weight where that can be read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+"""Domain of onnxruntime's own operators."""
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_SAME_VALUES = ("Transpose", "Cast", "Identity")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """One linear projection.
+
+    Attributes:
+        node: the node that multiplies.
+        activation: the float value that it reads, `[..., in_width]`.
+        reader: the node that reads `activation`: `node`, or what quantizes for it.
+        dtype: element type of `activation` and of the result; None where the graph is silent.
+        in_width: length of the activation's last axis; None where the graph is silent.
+        out_width: length of the result's last axis; None where the graph is silent.
+    """
+
+    node: ir.Node
+    activation: ir.Value
+    reader: ir.Node
+    dtype: ir.DataType | None
+    in_width: int | None
+    out_width: int | None
+
+
+def is_projection(node: ir.Node) -> bool:
+    """Whether the node multiplies an activation by a matrix."""
+    return (node.domain, node.op_type) in _READERS
+
+
+def read_projection(node: ir.Node) -> Projection | str:
+    """The projection that `node` computes, or why it is none that can be steered."""
+    return _READERS[node.domain, node.op_type](node)
+
+
+def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """The projection's matrix as `[in, out]`; None where it is quantized or computed."""
+    if (node.domain, node.op_type) not in (("", "MatMul"), ("", "Gemm")):
+        return None
+    found = stored_tensor(node.inputs[1])
+    if found is None or found[0].dtype not in _FLOATS:
+        return None
+    tensor, transposed = found
+    transposed ^= node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    weight = tensor.numpy()
+    return weight.T if transposed else weight
+
+
+def _plain(node: ir.Node) -> Projection | str:
+    found = stored_tensor(node.inputs[1])
+    shape = (None, None) if found is None else tuple(found[0].shape)
+    if len(shape) != 2:
+        return f"{node.name} has a weight of {len(shape)} dimensions, expected 2"
+    turned = bool(node.attributes.get_int("transB", 0)) ^ (found is not None and found[1])
+    sizes = [int(size) if isinstance(size, int) else None for size in shape]
+    if turned:
+        sizes.reverse()
+    dtype = found[0].dtype if found is not None and found[0].dtype in _FLOATS else None
+    return _projection(node, dtype, sizes[0], sizes[1])
+
+
+def _gemm(node: ir.Node) -> Projection | str:
+    if node.attributes.get_int("transA", 0):
+        return f"{node.name} transposes its activation"
+    return _plain(node)
+
+
+def _fused_matmul(node: ir.Node) -> Projection | str:
+    if node.attributes.get_int("transA", 0) or node.attributes.get_int("transBatchA", 0):
+        return f"{node.name} transposes its activation"
+    return _plain(node)
+
+
+def _block_quantized(node: ir.Node) -> Projection | str:
+    sizes = (node.attributes.get_int("K", 0) or None, node.attributes.get_int("N", 0) or None)
+    scales = node.inputs[2]
+    dtype = scales.dtype if scales is not None and scales.dtype in _FLOATS else None
+    return _projection(node, dtype, *sizes)
+
+
+def _matmul_integer(node: ir.Node) -> Projection | str:
+    """`MatMulInteger` of a model quantized dynamically: its activation is quantized before."""
+    quantized = node.inputs[0]
+    source = None if quantized is None else quantized.producer()
+    if source is None or source.op_type != "DynamicQuantizeLinear":
+        return f"{node.name} reads no activation that DynamicQuantizeLinear makes"
+    others = {reader for value in source.outputs for reader in value.consumers()}
+    others = {reader for reader in others if is_projection(reader)} - {node}
+    if others:
+        names = ", ".join(sorted(str(other.name) for other in others))
+        return f"{node.name} shares its quantized activation with {names}"
+    return _integer(node, source)
+
+
+def _dynamic_quantize_matmul(node: ir.Node) -> Projection | str:
+    return _integer(node, node)
+
+
+def _integer(node: ir.Node, reader: ir.Node) -> Projection | str:
+    found = stored_tensor(node.inputs[1])
+    shape = (None, None) if found is None else tuple(found[0].shape)
+    sizes = [int(size) if isinstance(size, int) else None for size in shape]
+    if len(sizes) != 2:
+        return f"{node.name} has a weight of {len(sizes)} dimensions, expected 2"
+    activation = reader.inputs[0]
+    if activation is None or activation.is_initializer():
+        return f"{node.name} reads no activation"
+    # Both operators are defined for float alone.
+    return Projection(node, activation, reader, ir.DataType.FLOAT, sizes[0], sizes[1])
+
+
+def _projection(
+    node: ir.Node, dtype: ir.DataType | None, in_width: int | None, out_width: int | None
+) -> Projection | str:
+    activation = node.inputs[0]
+    if activation is None or activation.is_initializer():
+        return f"{node.name} reads no activation as first input"
+    known = activation.dtype or node.outputs[0].dtype or dtype
+    return Projection(
+        node,
+        activation,
+        node,
+        known,
+        _last(activation) or in_width,
+        _last(node.outputs[0]) or out_width,
+    )
+
+
+def _last(value: ir.Value) -> int | None:
+    size = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return size if isinstance(size, int) else None
+
+
+def stored_tensor(value: ir.Value | None) -> tuple[ir.TensorProtocol, bool] | None:
+    """The constant behind a value, and whether it is transposed on the way; None without."""
+    turned = False
+    while value is not None and value.const_value is None:
+        producer = value.producer()
+        if producer is None or producer.op_type not in _SAME_VALUES:
+            return None
+        turned ^= producer.op_type == "Transpose"
+        value = producer.inputs[0]
+    return None if value is None or value.const_value is None else (value.const_value, turned)
+
+
+_READERS: dict[tuple[str, str], Callable[[ir.Node], Projection | str]] = {
+    ("", "MatMul"): _plain,
+    ("", "Gemm"): _gemm,
+    ("", "MatMulInteger"): _matmul_integer,
+    (MICROSOFT, "FusedMatMul"): _fused_matmul,
+    (MICROSOFT, "MatMulNBits"): _block_quantized,
+    (MICROSOFT, "MatMulBnb4"): _block_quantized,
+    (MICROSOFT, "DynamicQuantizeMatMul"): _dynamic_quantize_matmul,
+}

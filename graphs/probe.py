@@ -1,0 +1,183 @@
+"""Prove a grafted file on onnxruntime: every site does what its adapter says, and it matters.
+
+The file itself runs, with the activations before and after each steering node made outputs.
+Each pair is compared with the formula of the operator, in float64 numpy, and the logits with
+those of the base file. So a graft is proved on any graph that runs, quantized or not, without
+the model it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from austeer.adapters._errors import VerificationError
+from austeer.adapters.predictor import Predictor
+from austeer.graphs.graft_plan import Array, GraftPlan, ScaleAs
+from austeer.graphs.model_io import load_model
+from austeer.graphs.opset import SCALE_INPUT
+from austeer.graphs.session import OnnxCausalLM
+
+_EPSILON = {np.dtype(np.float16): 2.0**-10, np.dtype(np.float32): 2.0**-22}
+_LOGITS_BOUND = 1e-4
+_ROWS, _TOKENS, _SEED = 2, 12, 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraftProof:
+    """What a grafted file did on onnxruntime.
+
+    Attributes:
+        sites: number of steered activations that were compared.
+        max_site_difference: largest difference of a steered activation from the formula,
+            in roundings of its dtype.
+        steered_vs_base: largest |logit − base's logit|.
+        tokens: number of compared positions.
+    """
+
+    sites: int
+    max_site_difference: float
+    steered_vs_base: float
+    tokens: int
+
+
+def prove_graft(
+    steered: Path,
+    base: Path,
+    plan: GraftPlan,
+    traces: Mapping[str, tuple[str, str]],
+    *,
+    active: Sequence[tuple[Path, Mapping[str, Array]]] = (),
+    kernels: bool = False,
+) -> GraftProof:
+    """Run a grafted file against its base file and the formulas.
+
+    Args:
+        steered: the grafted model; a temporary file is written beside it.
+        base: the model it was grafted onto.
+        plan: what was grafted.
+        traces: names of the values before and after each steering node, by node name.
+        active: adapter files of a switchable graft with their values; each is activated
+            alone, after a run with none, which must equal the base.
+        kernels: run the compiled kernels instead of the function bodies.
+
+    Raises:
+        GraphError: a file does not load or run.
+        VerificationError: a site differs from the formula, or steering changes nothing.
+    """
+    original = OnnxCausalLM(base, threads=1)
+    ids = _token_ids(original)
+    expected = original.logits(ids)
+    with _traced(steered, traces) as path:
+        runner = OnnxCausalLM(path, threads=1, kernels=kernels)
+        if plan.scale_as is ScaleAs.REQUIRED:
+            runner.scale = plan.scale
+        if not plan.switched:
+            return _compare(runner, ids, expected, plan, traces, {}, str(steered))
+        _check_idle(runner, ids, expected, steered)
+        proofs = []
+        for file, values in active:
+            runner.active = [file]
+            proofs.append(_compare(runner, ids, expected, plan, traces, values, str(file)))
+    return GraftProof(
+        sites=sum(proof.sites for proof in proofs),
+        max_site_difference=max(proof.max_site_difference for proof in proofs),
+        steered_vs_base=min(proof.steered_vs_base for proof in proofs),
+        tokens=ids.size,
+    )
+
+
+def _token_ids(model: OnnxCausalLM) -> Array:
+    rng = np.random.default_rng(_SEED)
+    return rng.integers(0, max(model.vocabulary, 2), (_ROWS, _TOKENS))
+
+
+def _compare(
+    runner: OnnxCausalLM,
+    ids: Array,
+    expected: Array,
+    plan: GraftPlan,
+    traces: Mapping[str, tuple[str, str]],
+    values: Mapping[str, Array],
+    what: str,
+) -> GraftProof:
+    names = sorted({name for pair in traces.values() for name in pair})
+    found = runner.values(ids, ["logits", *names])
+    scale = float(values.get(SCALE_INPUT, np.array([plan.scale]))[0])
+    worst = 0.0
+    for node in plan.nodes:
+        before, after = (found[name] for name in traces[node.name])
+        tensors = {t: values.get(node.constant_name(t), node.tensors[t]) for t in node.tensors}
+        difference = _site_difference(before, after, tensors, scale)
+        if not difference <= 1.0:
+            raise VerificationError(
+                f"{what}: {node.name} differs from its formula by {difference:.3g} roundings "
+                "of its dtype; not published"
+            )
+        worst = max(worst, difference)
+    logits = found["logits"].astype(np.float32)
+    moved = float(np.abs(logits - expected).max())
+    if not moved > 2 * _bound(expected):
+        raise VerificationError(
+            f"{what}: steering has no effect: logits differ by {moved:.3g} from the base, "
+            f"expected more than {2 * _bound(expected):.3g}; not published"
+        )
+    return GraftProof(
+        sites=len(plan.nodes), max_site_difference=worst, steered_vs_base=moved, tokens=ids.size
+    )
+
+
+def _check_idle(runner: OnnxCausalLM, ids: Array, expected: Array, steered: Path) -> None:
+    difference = float(np.abs(runner.logits(ids) - expected).max())
+    if not difference <= _bound(expected):
+        raise VerificationError(
+            f"{steered}: without an adapter, logits differ by {difference:.3g} from the base, "
+            f"expected at most {_bound(expected):.3g}; not published"
+        )
+
+
+def _bound(logits: Array) -> float:
+    return _LOGITS_BOUND * float(np.abs(logits).max())
+
+
+def _site_difference(
+    before: Array, after: Array, tensors: Mapping[str, Array], scale: float
+) -> float:
+    """Largest |after − formula(before)| in units of what one rounding may be."""
+    index = tensors["idx"]
+    x, y = before.astype(np.float64), after.astype(np.float64)
+    expected = x.copy()
+    selected = x[..., index]
+    phi: Any = 1.0
+    if "V" in tensors:
+        phi = Predictor(tensors["V"], tensors["b"], tensors["U"]).phi(selected)
+    expected[..., index] = selected * (1.0 + scale * tensors["gamma"] * phi)
+    epsilon = _EPSILON.get(before.dtype, 2.0**-7)
+    # Float32 sums over the site's units come before the one rounding.
+    allowed = np.maximum(epsilon * np.abs(expected), 2.0**-24) + 1e-5 * np.abs(x)
+    return float((np.abs(y - expected) / allowed).max())
+
+
+@contextmanager
+def _traced(path: Path, traces: Mapping[str, tuple[str, str]]) -> Iterator[Path]:
+    """A file beside `path` whose graph also gives the activations at every site."""
+    model = load_model(path)
+    values: dict[str | None, ir.Value] = {value.name: value for value in model.graph.inputs}
+    for node in model.graph:
+        values |= {value.name: value for value in node.outputs}
+    wanted = {name for pair in traces.values() for name in pair}
+    known = {value.name for value in model.graph.outputs}
+    model.graph.outputs.extend(values[name] for name in sorted(wanted - known))
+    target = path.with_name(f".{path.name}.traced")
+    try:
+        # Not `save_model`: the checker wants a shape of every output, onnxruntime does not.
+        ir.save(model, target, format="protobuf")
+        yield target
+    finally:
+        target.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""Recognize a graft in a model, and take it out again."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from austeer.adapters._errors import GraphError
+from austeer.graphs.opset import DOMAIN, PREFIX, SCALE_INPUT
+
+
+def steering_nodes(model: ir.Model) -> list[ir.Node]:
+    """The steering nodes of a model, in graph order."""
+    return [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
+
+
+def check_not_grafted(model: ir.Model) -> None:
+    """Refuse a model that holds steering nodes or their constants already.
+
+    Raises:
+        GraphError: it does; names one.
+    """
+    marks = [str(node.name) for node in steering_nodes(model)]
+    # An inlined graft has no node of ours left, but its constants.
+    marks += _own_names(model.graph)
+    if marks:
+        raise GraphError(
+            f"the model is steered already, see {marks[0]}; graft onto the base model instead, "
+            "or with --replace"
+        )
+
+
+def remove_graft(model: ir.Model) -> int:
+    """Take every steering node out, with its constants, inputs and bodies.
+
+    Returns:
+        How many nodes were there.
+
+    Raises:
+        GraphError: the graft was inlined, so that its nodes cannot be told from the model's.
+    """
+    nodes = steering_nodes(model)
+    if not nodes and (names := _own_names(model.graph)):
+        raise GraphError(
+            f"the model holds an inlined graft, see {names[0]}, which cannot be taken out; "
+            "graft onto the base model instead"
+        )
+    for node in nodes:
+        _take_out(model.graph, node)
+    for name in [*_own_names(model.graph), SCALE_INPUT]:
+        _drop(model.graph, name)
+    for identifier in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[identifier]
+    model.opset_imports.pop(DOMAIN, None)
+    return len(nodes)
+
+
+def _take_out(graph: ir.Graph, node: ir.Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    if x is None:
+        raise GraphError(f"{node.name}: expected an activation as first input, found none")
+    for reader, position in tuple(y.uses()):
+        reader.replace_input_with(position, x)
+    for position, output in enumerate(graph.outputs):
+        if output is y:
+            # The graft had taken over the name.
+            name = y.name
+            graph.outputs[position], y.name = x, f"{name}.steered"
+            x.name = name
+    graph.remove(node, safe=True)
+
+
+def _own_names(graph: ir.Graph) -> list[str]:
+    names = [str(name) for name in graph.initializers]
+    return [name for name in names if name.startswith(f"{PREFIX}.")]
+
+
+def _drop(graph: ir.Graph, name: str) -> None:
+    graph.initializers.pop(name, None)
+    for value in [value for value in graph.inputs if value.name == name]:
+        graph.inputs.remove(value)
