@@ -15,6 +15,7 @@ from austeer.adapters.fingerprint import ReadTensor, fingerprint
 from austeer.adapters.sites import Refusal, Site
 from austeer.graphs.locating.locate import SiteLocator
 from austeer.graphs.locating.projections import stored_weight
+from austeer.graphs.model_io import tensor_values
 
 _EXACT = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -84,7 +85,7 @@ def _graph_reader(graph: ir.Graph, adapter: SteeringAdapter) -> ReadTensor:
         site = sites[module]
         if part == "bias":
             bias = locator.bias(site)
-            return None if bias is None else bias.numpy()
+            return None if bias is None else tensor_values(bias)
         projection = locator.projection(site)
         weight = None if isinstance(projection, Refusal) else stored_weight(projection.node)
         return weight if weight is None or architecture.transposed else weight.T

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -71,6 +73,26 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
             yield value.const_value
 
 
+def tensor_values(tensor: ir.TensorProtocol) -> np.ndarray[Any, np.dtype[Any]]:
+    """Values of a tensor; of an external one through a read-only map of its file.
+
+    The IR's own reader refuses files that have several hard links, as backups make them.
+
+    Raises:
+        GraphError: the file cannot be read.
+    """
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth % 8:
+        return tensor.numpy()
+    try:
+        raw = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.nbytes,))
+    except (OSError, ValueError) as error:
+        raise GraphError(
+            f"{tensor.path}: cannot read tensor {tensor.name} ({error})"
+        ) from error
+    shape = tuple(int(size) for size in tensor.shape)
+    return np.asarray(raw.view(tensor.dtype.numpy()).reshape(shape))
+
+
 def _read_proto(path: Path) -> onnx.ModelProto:
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
@@ -125,7 +147,9 @@ def _embed_foreign(model: ir.Model, path: Path) -> None:
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and not _is_beside(tensor, path):
-            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+            value.const_value = ir.Tensor(
+                tensor_values(tensor), dtype=tensor.dtype, name=tensor.name
+            )
 
 
 def _is_beside(tensor: ir.TensorProtocol, path: Path) -> bool:

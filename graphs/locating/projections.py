@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from austeer.graphs.model_io import tensor_values
+
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
 
@@ -60,7 +62,7 @@ def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
         return None
     tensor, transposed = found
     transposed ^= node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
-    weight = tensor.numpy()
+    weight = tensor_values(tensor)
     return weight.T if transposed else weight
 
 
