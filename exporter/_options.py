@@ -100,6 +100,17 @@ steering_options = together(
     click.option("--force", is_flag=True, help="Accept a base with other weights."),
     click.option("--pairs", help="Verify on this file's prompts as well."),
 )
+strength_input_option = click.option(
+    "--strength-input",
+    "scale_as",
+    type=click.Choice(["required", "optional"]),
+    is_flag=False,
+    flag_value="required",
+    default="constant",
+    show_default=False,
+    help="Make the factor a graph input, steering_scale; optional: one with a default, which "
+    "JavaScript cannot set.",
+)
 no_verify_option = click.option(
     "--no-verify", is_flag=True, help="Publish without comparing with the attached model."
 )

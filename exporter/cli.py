@@ -30,6 +30,7 @@ from austeer.exporter._options import (
     no_verify_option,
     out_option,
     steering_options,
+    strength_input_option,
 )
 from austeer.exporter.adapter_commands import combine, show
 from austeer.exporter.graft_command import graft
@@ -172,6 +173,7 @@ def merge(as_json: bool, **options: Any) -> None:
 @click.argument("adapter")
 @out_option
 @steering_options
+@strength_input_option
 @no_verify_option
 @base_options
 @json_option
@@ -250,6 +252,7 @@ def _export(route: Route, options: dict[str, Any], as_json: bool) -> None:
             force=options["force"],
             verify=not options["no_verify"],
             trust_remote_code=options["trust_remote_code"],
+            scale_as=options.get("scale_as", "constant"),
         ),
     )
     with progress_on_terminal() as progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from austeer.adapters._errors import GraphError, OutputError, RouteError
-from austeer.adapters._files import check_output_free, publish_directory, read_json, write_json
+from austeer.adapters._files import (
+    check_output_free,
+    publish_directory,
+    publish_file,
+    read_json,
+    write_json,
+)
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 """Endings of the small files that runtimes read beside a model."""
+
+_ONE_FILE = 2**31
+"""More than a protobuf file can hold: no weights of a file that was read are ever split off."""
 
 _USAGE = """`{name}` runs on stock onnxruntime without this package; the operator library of
 austeer is an option that makes it faster, never a condition."""
@@ -176,22 +184,19 @@ def _grafted(
 
 @contextmanager
 def _as_file(request: GraftRequest, base: Path, model: ir.Model) -> Iterator[Path]:
-    """A hidden file beside the output, renamed on a clean exit."""
+    """A free name beside the output, renamed on a clean exit."""
     from austeer.graphs.model_io import external_tensors
 
-    out = Path(os.path.abspath(request.out))  # noqa: PTH100 - resolve() would follow a link
+    out = request.out
     beside = out.parent.resolve() == base.parent.resolve()
     if not beside and any(True for _ in external_tensors(model)):
         raise OutputError(
             f"{out}: the base keeps its weights in files of their own; write beside it, such "
             f"as {base.with_name(out.name)}, or into a new directory with --copy-data"
         )
-    work = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
+    with publish_file(out) as work:
+        work.unlink()
         yield work
-        work.replace(out)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -226,7 +231,7 @@ def _write(
     from austeer.graphs import save_model
     from austeer.graphs.adapter_file import write_adapter_file
 
-    save_model(graft.model, target)
+    save_model(graft.model, target, **({"limit": _ONE_FILE} if request.is_file else {}))
     if request.is_file:
         return []
     folder, files = target.parent, []
@@ -276,7 +281,10 @@ def _prove(base: Path, target: Path, graft: _Graft, files: Sequence[Path]) -> di
 
     active = list(zip(files, graft.plan.switched, strict=True))
     with _unsteered(base, target) if graft.replaced else nullcontext(base) as path:
-        proof = prove_graft(target, path, graft.plan, graft.traces, active=active)
+        try:
+            proof = prove_graft(target, path, graft.plan, graft.traces, active=active)
+        except GraphError as error:
+            raise GraphError(f"{error}; --no-verify publishes without running it") from error
     return dataclasses.asdict(proof)
 
 

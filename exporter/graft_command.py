@@ -8,7 +8,12 @@ from typing import Any
 import click
 
 from austeer.exporter._console import print_json, print_table, progress_on_terminal
-from austeer.exporter._options import FOLDER, json_option, out_option
+from austeer.exporter._options import (
+    FOLDER,
+    json_option,
+    out_option,
+    strength_input_option,
+)
 
 
 @click.command()
@@ -18,16 +23,7 @@ from austeer.exporter._options import FOLDER, json_option, out_option
 @click.option(
     "--scale", type=float, default=1.0, show_default=True, help="Factor on the strength."
 )
-@click.option(
-    "--strength-input",
-    "scale_as",
-    type=click.Choice(["required", "optional"]),
-    is_flag=False,
-    flag_value="required",
-    default=None,
-    help="Make the factor a graph input, steering_scale; optional: one with a default, which "
-    "JavaScript cannot set.",
-)
+@strength_input_option
 @click.option(
     "--as-adapter",
     is_flag=True,
@@ -50,7 +46,6 @@ from austeer.exporter._options import FOLDER, json_option, out_option
 def graft(
     base_onnx: Path,
     adapters: tuple[str, ...],
-    scale_as: str | None,
     no_verify: bool,
     as_json: bool,
     **options: Any,
@@ -65,7 +60,6 @@ def graft(
     request = GraftRequest(
         base=base_onnx,
         adapters=adapters,
-        scale_as=scale_as or "constant",
         verify=not no_verify,
         **options,
     )

@@ -23,6 +23,7 @@ from austeer.adapters.architectures import architecture_of
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import module_reader
 from austeer.graphs.graft import graft_model
+from austeer.graphs.graft_plan import ScaleAs
 from austeer.graphs.model_io import save_model
 from austeer.graphs.tidy import tidy_causal_lm
 
@@ -54,6 +55,7 @@ def write_onnx(
     folder: Path,
     *,
     scale: float = 1.0,
+    scale_as: str = ScaleAs.CONSTANT,
     force: bool = False,
 ) -> Path:
     """Write the steered model as ONNX, with config, tokenizer and model card, into `folder`.
@@ -67,6 +69,7 @@ def write_onnx(
         adapter: what to steer.
         folder: an existing directory.
         scale: strength factor, in the graph as `austeer.scale`.
+        scale_as: a `ScaleAs`: whether the factor is a graph input instead.
         force: accept a base model with other weights.
 
     Returns:
@@ -80,7 +83,7 @@ def write_onnx(
     """
     adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
     graph = export_graph(_runnable(model))
-    graft_model(graph, adapter, scale)
+    graft_model(graph, adapter, scale, scale_as=ScaleAs(scale_as))
     path = folder / MODEL_NAME
     save_model(graph, path)
     _write_companions(model, tokenizer, folder)

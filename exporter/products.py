@@ -131,7 +131,15 @@ def write_product(
     if route is Route.ONNX:
         from austeer.exporter.onnx_export import write_onnx
 
-        write_onnx(base.model, base.tokenizer, adapter, folder, scale=scale, force=force)
+        write_onnx(
+            base.model,
+            base.tokenizer,
+            adapter,
+            folder,
+            scale=scale,
+            scale_as=handling.scale_as,
+            force=force,
+        )
     else:
         from austeer.exporter.merge import write_folded
 

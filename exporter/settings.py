@@ -50,6 +50,8 @@ class Handling:
         force: accept a base with other weights than the adapter was made for.
         verify: compare the product with the attached model.
         trust_remote_code: let transformers run code that the checkpoint brings.
+        scale_as: what the factor is in an ONNX graph: `constant`, or a graph input that is
+            `required` or `optional`.
 
     Raises:
         RouteError: a scale that is no number.
@@ -59,6 +61,7 @@ class Handling:
     force: bool = False
     verify: bool = True
     trust_remote_code: bool = False
+    scale_as: str = "constant"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):

@@ -110,6 +110,8 @@ def verify_onnx(
     adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
     encoded = encode_prompts(tokenizer, prompts, context_length(model) - greedy_tokens)
     runner = OnnxCausalLM(folder / "model.onnx")
+    if runner.adjustable:
+        runner.scale = scale
     truth = float32_truth(model)
     steered = steered_logits(truth, adapter, scale)
     found = compare_logits(

@@ -183,7 +183,7 @@ def _tensors(steered: SteeredSite, op: SteerOp) -> dict[str, Array]:
 
 def _empty(op: SteerOp) -> dict[str, Array]:
     """One unit with a gain of 1: no runtime handles tensors without elements everywhere."""
-    tensors = {"idx": np.zeros(1, np.int64), "gamma": np.zeros(1, np.float32)}
+    tensors: dict[str, Array] = {"idx": np.zeros(1, np.int64), "gamma": np.zeros(1, np.float32)}
     tensors |= _predict_one(1)
     return {name: tensors[name] for name in op.tensors}
 

@@ -89,8 +89,7 @@ def tensor_values(tensor: ir.TensorProtocol) -> np.ndarray[Any, np.dtype[Any]]:
         raise GraphError(
             f"{tensor.path}: cannot read tensor {tensor.name} ({error})"
         ) from error
-    shape = tuple(int(size) for size in tensor.shape)
-    return np.asarray(raw.view(tensor.dtype.numpy()).reshape(shape))
+    return np.asarray(raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy()))
 
 
 def _read_proto(path: Path) -> onnx.ModelProto:

@@ -76,6 +76,12 @@ class OnnxCausalLM:
         return bool(self._size == 2)
 
     @property
+    def adjustable(self) -> bool:
+        """Whether the model takes its strength from the input `steering_scale`."""
+        items = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+        return any(item.name == SCALE_INPUT for item in items)
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids; 1 where neither the graph nor a config beside it says so."""
         (logits,) = [item for item in self._session.get_outputs() if item.name == "logits"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from austeer.adapters._errors import GraphError
-from austeer.graphs.opset import DOMAIN, PREFIX, SCALE_INPUT
+from austeer.graphs.opset import DOMAIN, PREFIX
 
 
 def steering_nodes(model: ir.Model) -> list[ir.Node]:
@@ -44,10 +44,11 @@ def remove_graft(model: ir.Model) -> int:
             f"the model holds an inlined graft, see {names[0]}, which cannot be taken out; "
             "graft onto the base model instead"
         )
+    constants = {value for node in nodes for value in node.inputs[1:] if value is not None}
     for node in nodes:
         _take_out(model.graph, node)
-    for name in [*_own_names(model.graph), SCALE_INPUT]:
-        _drop(model.graph, name)
+    for value in constants:
+        _drop(model.graph, str(value.name))
     for identifier in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[identifier]
     model.opset_imports.pop(DOMAIN, None)

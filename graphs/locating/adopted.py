@@ -7,7 +7,7 @@ block reads what the block makes and is read by what lies outside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -15,26 +15,29 @@ from austeer.graphs.locating.projections import is_projection, read_projection
 from austeer.graphs.locating.scopes import module_path
 
 
-def adopted_members(graph: ir.Graph, module: str) -> list[ir.Node]:
+def pathless_projections(graph: ir.Graph) -> list[ir.Node]:
+    """The projections of a graph that no module path names."""
+    return [node for node in graph if is_projection(node) and not module_path(node)]
+
+
+def adopted_members(pathless: Iterable[ir.Node], module: str) -> list[ir.Node]:
     """The pathless projection that must be `module`, with the pathless nodes behind it.
 
     Args:
-        graph: main graph.
+        pathless: the graph's projections without a path.
         module: path of a projection that is the last one of its block, the parent module.
 
     Returns:
         Empty unless exactly one projection fits.
     """
     block = module.rpartition(".")[0]
-    found = [node for node in graph if _fits(node, module, block)]
+    found = [node for node in pathless if _fits(node, module, block)]
     if len(found) != 1:
         return []
     return [found[0], *_pathless_behind(found[0])]
 
 
 def _fits(node: ir.Node, module: str, block: str) -> bool:
-    if module_path(node) or not is_projection(node):
-        return False
     projection = read_projection(node)
     if isinstance(projection, str):
         return False

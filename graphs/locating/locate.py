@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.sites import Component, Refusal, Site
-from austeer.graphs.locating.adopted import adopted_members
+from austeer.graphs.locating.adopted import adopted_members, pathless_projections
 from austeer.graphs.locating.projections import (
     Projection,
     is_projection,
@@ -73,7 +73,7 @@ class SiteLocator:
     """
 
     def __init__(self, graph: ir.Graph, architecture: Architecture) -> None:
-        self._graph = graph
+        self._pathless = pathless_projections(graph)
         self._architecture = architecture
         self._members: dict[str, list[ir.Node]] = {}
         for node in graph:
@@ -164,7 +164,7 @@ class SiteLocator:
         )
 
     def _adopt(self, module: str) -> bool:
-        adopted = adopted_members(self._graph, module)
+        adopted = adopted_members(self._pathless, module)
         self._members.setdefault(module, []).extend(adopted)
         if not self._members[module]:
             del self._members[module]

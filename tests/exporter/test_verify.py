@@ -199,6 +199,7 @@ class FakeRunner:
     error = 0.0
     spoilt_token: int | None = None
     half = False
+    adjustable = False
 
     def __init__(self, path: Path) -> None:
         assert path.name == "model.onnx"
