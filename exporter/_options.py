@@ -106,8 +106,7 @@ strength_input_option = click.option(
     type=click.Choice(["required", "optional"]),
     is_flag=False,
     flag_value="required",
-    default="constant",
-    show_default=False,
+    default=None,
     help="Make the factor a graph input, steering_scale; optional: one with a default, which "
     "JavaScript cannot set.",
 )

@@ -252,7 +252,7 @@ def _export(route: Route, options: dict[str, Any], as_json: bool) -> None:
             force=options["force"],
             verify=not options["no_verify"],
             trust_remote_code=options["trust_remote_code"],
-            scale_as=options.get("scale_as", "constant"),
+            scale_as=options.get("scale_as") or "constant",
         ),
     )
     with progress_on_terminal() as progress:

@@ -46,6 +46,7 @@ from austeer.exporter._options import (
 def graft(
     base_onnx: Path,
     adapters: tuple[str, ...],
+    scale_as: str | None,
     no_verify: bool,
     as_json: bool,
     **options: Any,
@@ -60,6 +61,7 @@ def graft(
     request = GraftRequest(
         base=base_onnx,
         adapters=adapters,
+        scale_as=scale_as or "constant",
         verify=not no_verify,
         **options,
     )
