@@ -116,8 +116,10 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
         AusteerError: base, adapter or output is unusable, a site cannot be found, or the
             result differs from its formula; nothing is published then.
     """
+    from austeer.graphs.session import model_file
+
     started = time.monotonic()
-    base = _base_file(request.base)
+    base = model_file(request.base)
     check_output_free(request.out)
     adapters = [SteeringAdapter.from_pretrained(name) for name in request.adapters]
     progress("graft", 0, 1)
@@ -138,17 +140,6 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
         "verified": request.verify,
         "seconds": round(time.monotonic() - started, 2),
     }
-
-
-def _base_file(base: Path) -> Path:
-    if not base.is_dir():
-        return base
-    found = sorted(base.glob("*.onnx"))
-    named = [path for path in found if path.name == "model.onnx"]
-    if len(found) != 1 and not named:
-        names = ", ".join(path.name for path in found) or "none"
-        raise GraphError(f"{base}: expected one .onnx file in it, found {names}; name the file")
-    return (named or found)[0]
 
 
 def _grafted(

@@ -20,6 +20,7 @@ from austeer.graphs.locating.scopes import NAME_SCOPES
 from austeer.graphs.locating.skip_norm import split_skip_norm
 from austeer.graphs.model_io import load_model, save_model
 from austeer.graphs.opset import DOMAIN, SCALE_INPUT, SCALE_NAME, VERSION
+from austeer.graphs.shapes import state_shapes
 from austeer.graphs.ungraft import check_not_grafted, steering_nodes
 
 _MIN_IR_VERSION = 8
@@ -57,6 +58,7 @@ class GraftGainPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Insert the nodes, their constants, the functions and the opset import."""
         places = self._places(model)
+        state_shapes(model, [place.value for place in places.values()])
         scale = _scale_value(model.graph, self._plan)
         for node in self._plan.nodes:
             place = places[node.site]

@@ -30,7 +30,7 @@ class OnnxCausalLM:
     outputs `logits, present.{i}.{key|value}`.
 
     Args:
-        path: the `.onnx` file, or a folder with `model.onnx` in it.
+        path: the `.onnx` file, or a folder with `model.onnx` or one other in it.
         threads: threads per operator; None leaves the choice to onnxruntime.
         providers: execution providers, first choice first.
         kernels: run steering nodes by the compiled kernels instead of their function bodies.
@@ -57,8 +57,7 @@ class OnnxCausalLM:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         kernels: bool = False,
     ) -> None:
-        path = Path(path)
-        self._path = path / MODEL_NAME if path.is_dir() else path
+        self._path = model_file(path)
         self._runtime = onnxruntime_module()
         self._loaded: dict[str, Any] = {}
         self._session = self._load(threads, providers, kernels)
@@ -281,6 +280,25 @@ def _array(value: Any) -> np.ndarray:
     memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
     wide = np.frombuffer(memory, np.uint16).astype(np.uint32) << 16
     return wide.view(np.float32).reshape(shape)
+
+
+def model_file(path: str | Path) -> Path:
+    """The `.onnx` file that a path names: itself, or the one in a folder.
+
+    Raises:
+        GraphError: a folder without `model.onnx` and with several others.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.onnx"))
+    named = path / MODEL_NAME
+    if named in found or not found:
+        return named
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise GraphError(f"{path}: expected one .onnx file in it, found {names}; name the file")
+    return found[0]
 
 
 def onnxruntime_module() -> Any:

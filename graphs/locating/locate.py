@@ -23,7 +23,7 @@ from austeer.graphs.locating.projections import (
     stored_tensor,
 )
 from austeer.graphs.locating.scopes import NAME_SCOPES, module_path
-from austeer.graphs.locating.skip_norm import is_skip_norm, norm_width
+from austeer.graphs.locating.skip_norm import added_bias, is_skip_norm, norm_width
 from austeer.graphs.opset import DOMAIN
 
 BUILDER_NAMES = {
@@ -179,6 +179,13 @@ class SiteLocator:
         inside = set(self._members[module])
         reached = [result, *_downstream(result, inside)]
         leaving = [value for value in _leaving(reached, inside) if _may_be_activation(value)]
+        for reader in (reader for value in leaving for reader in value.consumers()):
+            if is_skip_norm(reader) and added_bias(reader) is not None:
+                return Refusal(
+                    site,
+                    f"module {module}: its bias is added inside {reader.name}; graft before "
+                    "onnxruntime's optimizer fuses biases into norms",
+                )
         return _only(site, module, leaving, f"behind {projection.node.name}", projection)
 
     def _layer(self, site: Site) -> Place | Refusal:

@@ -31,6 +31,12 @@ def norm_width(node: ir.Node) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def added_bias(node: ir.Node) -> ir.Value | None:
+    """The bias that a skip norm adds to the sum, taken from a projection before it."""
+    position = 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4
+    return node.inputs[position] if len(node.inputs) > position else None
+
+
 def split_skip_norm(node: ir.Node, name: str) -> ir.Value:
     """Replace a skip norm by a sum and a norm that reads it; the graph computes the same.
 
@@ -45,9 +51,8 @@ def split_skip_norm(node: ir.Node, name: str) -> ir.Value:
     assert graph is not None
     first, skip, gamma = node.inputs[:3]
     simple = node.op_type == "SkipSimplifiedLayerNormalization"
-    # [beta,] bias: the simplified norm has no beta.
-    rest = [*node.inputs[3:], None, None][:2]
-    beta, bias = (None, rest[0]) if simple else (rest[0], rest[1])
+    beta = None if simple or len(node.inputs) < 4 else node.inputs[3]
+    bias = added_bias(node)
     normalized, old_sum = node.outputs[0], _output(node, _SUM)
     fresh = [ir.node("Add", [first, skip], name=name)]
     if bias is not None:
