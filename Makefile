@@ -8,17 +8,19 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # What transformers 4.57 can change: loading, hooks, folds, and the models behind them.
 TESTS_4_57 := $(addprefix tests/adapters/, activations localization measurement fitting \
 	composition analysis test_loading.py test_attach.py test_fingerprint.py) \
-	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/test_routes.py
+	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/test_routes.py \
+	tests/test_foreign_graphs.py tests/serving/test_optimum_ort.py
+TESTS_SERVING := tests/serving tests/test_foreign_graphs.py
 # Its random models have other weights, on which the small fits of test_fit need not succeed.
 ANY_MODEL := "not test_fit or real"
 
-.PHONY: demo test check test-optimum venv venv-optimum clean
+.PHONY: demo test check test-optimum test-serving venv venv-optimum venv-serving npm clean
 
 demo: venv ## steer the embedded model; before and after, from both products
 	$(BIN)/python examples/demo.py
 
-test: venv ## the whole test-suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+test: venv ## the whole test-suite, but for the examples that need a runtime of their own
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not runtimes"
 
 check: venv ## lint, formatting, strict types
 	$(BIN)/ruff check $(CODE)
@@ -28,14 +30,25 @@ check: venv ## lint, formatting, strict types
 test-optimum: venv-optimum ## the tests that transformers 4.57 can change
 	OMP_NUM_THREADS=1 $(VENV)-optimum/bin/pytest $(PARALLEL) $(TESTS_4_57) -k $(ANY_MODEL)
 
+test-serving: venv-serving npm ## the serving examples, each on its own runtime
+	OMP_NUM_THREADS=1 $(VENV)-serving/bin/pytest $(PARALLEL) $(TESTS_SERVING)
+
 venv:
 	@.ci/venv $(VENV) cpu,dev,bench constraints.txt
 
 venv-optimum:
 	@.ci/venv $(VENV)-optimum cpu,optimum,dev constraints-optimum.txt
 
+venv-serving:
+	@.ci/venv $(VENV)-serving cpu,serving,dev constraints.txt
+
+npm: ## the JavaScript runtimes; their install scripts fetch what is not needed
+	@command -v npm >/dev/null || { echo "no npm: the examples in JavaScript are skipped" >&2; exit 0; }; \
+	for folder in node web; do (cd examples/serving/$$folder && npm ci --ignore-scripts --no-fund --no-audit --loglevel=error) || exit 1; done
+
 clean: ## remove everything that the targets above made
-	rm -rf $(VENV) $(VENV)-optimum build dist demo_out *.egg-info
+	rm -rf $(VENV) $(VENV)-optimum $(VENV)-serving build dist demo_out *.egg-info
 	rm -f graphs/*austeer_ops.*
+	rm -rf examples/serving/*/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
