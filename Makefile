@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 CODE := adapters graphs exporter tests examples benchmarks
 # One process a core with one thread each: tiny models gain nothing from more threads.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
-# What transformers 4.57 can change: loading, hooks, folds, and the models behind them.
+# What transformers 4.57 and the oldest onnxruntime can change: loading, hooks, folds, the models
+# behind them; graphs and kernels.
 TESTS_4_57 := $(addprefix tests/adapters/, activations localization measurement fitting \
 	composition analysis test_loading.py test_attach.py test_fingerprint.py) \
 	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/test_routes.py \
-	tests/test_foreign_graphs.py tests/serving/test_optimum_ort.py
+	tests/test_foreign_graphs.py tests/serving/test_optimum_ort.py tests/graphs
 TESTS_SERVING := tests/serving tests/test_foreign_graphs.py
 # Its random models have other weights, on which the small fits of test_fit need not succeed.
 ANY_MODEL := "not test_fit or real"
@@ -27,7 +28,7 @@ check: venv ## lint, formatting, strict types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(addprefix -p austeer., adapters graphs exporter)
 
-test-optimum: venv-optimum ## the tests that transformers 4.57 can change
+test-optimum: venv-optimum ## the tests that transformers 4.57 and onnxruntime 1.24 can change
 	OMP_NUM_THREADS=1 $(VENV)-optimum/bin/pytest $(PARALLEL) $(TESTS_4_57) -k $(ANY_MODEL)
 
 test-serving: venv-serving npm ## the serving examples, each on its own runtime

@@ -262,14 +262,15 @@ def _redirect(place: Place, node: ir.Node, y: ir.Value) -> None:
         if reader is not node and (place.readers is None or reader in place.readers):
             reader.replace_input_with(position, y)
     if place.readers is None and x.is_graph_output():
-        _take_over_outputs(node.graph, x, y)
+        _take_over_outputs(node, x, y)
 
 
-def _take_over_outputs(graph: ir.Graph | ir.Function | None, x: ir.Value, y: ir.Value) -> None:
+def _take_over_outputs(node: ir.Node, x: ir.Value, y: ir.Value) -> None:
     """Let the graph output `y` in the place and under the name of `x`."""
+    graph = node.graph
     if not isinstance(graph, ir.Graph):
         raise GraphError(f"{x.name}: expected a value of the main graph")
-    x.name, y.name = f"{x.name}.unsteered", x.name
+    x.name, y.name = f"{node.name}.unsteered", x.name
     for position, output in enumerate(graph.outputs):
         if output is x:
             graph.outputs[position] = y

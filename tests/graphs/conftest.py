@@ -115,6 +115,67 @@ def toy() -> Callable[..., ToyDecoder]:
     return ToyDecoder
 
 
+class ToyCausalLM(ToyDecoder):
+    """The toy decoder behind an embedding, with a KV cache that it keeps and never reads."""
+
+    def __init__(self, layers: int = 2, *, half: bool = False, **options: Any) -> None:
+        super().__init__(layers, **options)
+        self.table = np.random.default_rng(5).normal(size=(WIDTH, WIDTH)).astype(np.float32)
+        (x,) = self.graph.inputs
+        ints = ir.DataType.INT64
+        ids = ir.val("input_ids", ints, ["B", "T"])
+        mask = ir.val("attention_mask", ints, ["B", "S"])
+        past = [
+            ir.val(f"past_key_values.0.{part}", ir.DataType.FLOAT, ["B", 1, "P", WIDTH])
+            for part in ("key", "value")
+        ]
+        table = self.constant("table", self.table)
+        embedded = ir.node("Gather", [table, ids])
+        heads = ir.node("Unsqueeze", [*embedded.outputs, self.constant("one", np.array([1]))])
+        nodes = [embedded, heads]
+        presents = []
+        for value in past:
+            name = str(value.name).replace("past_key_values", "present")
+            present = ir.val(name, ir.DataType.FLOAT, ["B", 1, "S", WIDTH])
+            nodes.append(
+                ir.node("Concat", [value, *heads.outputs], {"axis": 2}, outputs=[present])
+            )
+            presents.append(present)
+        ir.convenience.replace_all_uses_with(x, embedded.outputs[0])
+        self.graph.insert_before(self.graph[0], nodes)
+        self.graph.inputs[:] = [ids, mask, *past]
+        self.graph.outputs.extend(presents)
+        if half:
+            self._halve()
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """Register a constant that is not among the decoder's weights."""
+        tensor = ir.tensor(array, name=name)
+        value = ir.val(name, tensor.dtype, array.shape, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _halve(self) -> None:
+        """Everything in float16, the weights rounded."""
+        values = [*self.graph.inputs, *(v for node in self.graph for v in node.outputs)]
+        for value in [*values, *self.graph.initializers.values()]:
+            if value.dtype == ir.DataType.FLOAT:
+                value.dtype = ir.DataType.FLOAT16
+            if value.const_value is not None and value.dtype == ir.DataType.FLOAT16:
+                rounded = value.const_value.numpy().astype(np.float16)
+                value.const_value = ir.tensor(rounded, name=value.name)
+
+    def logits(self, ids: np.ndarray, steer: Mapping[str, Any]) -> np.ndarray:
+        """What `compute` says for these tokens."""
+        return self.compute(self.table[ids], steer)
+
+
+@pytest.fixture
+def toy_lm() -> Callable[..., ToyCausalLM]:
+    """Factory of toy causal language models: `toy_lm(layers=2, half=False)`."""
+    return ToyCausalLM
+
+
 @pytest.fixture
 def make_adapter() -> Callable[..., SteeringAdapter]:
     """Factory: `make_adapter({"layers.0.attention": ([0, 2], [0.5, -1.0])}, rank=0)`."""

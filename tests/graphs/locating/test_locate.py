@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+from builder_decoder import BuilderDecoder
+from plain_graphs import NAME_SCOPES, PlainGraph
 
 from austeer.adapters import Refusal, Site
 from austeer.adapters.architectures import architecture_of
-from austeer.graphs import Place, SiteLocator
+from austeer.graphs import Place, SiteLocator, graft_model
 
 SITES = {
     "layers.1.attention": ("1.mixed", 4),
@@ -189,3 +194,83 @@ def test_layer_whose_sum_was_fused_away(toy: Callable[..., Any]) -> None:
     graph = toy()
     graph.values["0.out"].producer().op_type = "SkipNormalization"
     assert "expected one value" in refusal(graph, "layers.0.layer")
+
+
+# Graphs of the onnxruntime-genai builder and of optimum
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("last", ["down_proj", "fc2"])
+@pytest.mark.parametrize("bias", ["", "add"])
+def test_names_of_the_genai_builder_for_every_architecture(
+    last: str, bias: str, model_type: str
+) -> None:
+    decoder = BuilderDecoder(last=last, bias=bias)
+    for layer in (0, 1):
+        for component, name, width in (
+            ("attention", "mixed", 4),
+            ("neuron", "act", 24),
+            ("ffn", "down", 4),
+        ):
+            place = decoder.find(f"layers.{layer}.{component}", model_type)
+            assert isinstance(place, Place), place
+            assert place.value is decoder.values[f"{layer}.{name}"]
+            assert place.width == width
+        place = decoder.find(f"layers.{layer}.layer", model_type)
+        assert isinstance(place, Place), place
+        assert place.skip_norm is not None
+
+
+def test_a_missing_layer_of_a_built_graph_names_the_nearest() -> None:
+    found = BuilderDecoder().find("layers.7.attention")
+    assert isinstance(found, Refusal)
+    assert "nearest: model.layers." in str(found)
+
+
+@pytest.mark.parametrize("key", SITES)
+def test_node_names_do_what_metadata_does(key: str, toy: Callable[..., Any]) -> None:
+    """Optimum's way: the path is in the name, with the layer number behind a dot."""
+    graph = toy()
+    for node in graph.graph:
+        scopes = ast.literal_eval(node.metadata_props.pop(NAME_SCOPES))
+        folder = re.sub(r"\.(?!\d)", "/", scopes[-2])
+        node.name = f"/{folder}/{node.op_type}"
+    place = find(graph, key)
+    name, width = SITES[key]
+    assert isinstance(place, Place)
+    assert place.value is graph.values[name]
+    assert place.width == width
+
+
+def test_the_bias_of_a_projection(toy: Callable[..., Any]) -> None:
+    graph = toy()
+    locator = SiteLocator(graph.graph, architecture_of("llama"))
+    bias = locator.bias(Site.parse("layers.1.ffn"))
+    assert bias is not None
+    assert bias.numpy().tolist() == graph.weights["1.bias"].tolist()
+    assert locator.bias(Site.parse("layers.1.attention")) is None
+    assert locator.bias(Site.parse("layers.5.ffn")) is None
+
+
+def test_the_bias_of_a_gemm() -> None:
+    graph = PlainGraph()
+    x = graph.input("x", ["rows", 3])
+    weight, bias = np.zeros((3, 2), np.float32), np.array([5, 7], np.float32)
+    parts = [x, graph.constant("w", weight), graph.constant("b", bias)]
+    result = graph.add("Gemm", parts, "transformer.h.0.mlp.c_proj")
+    graph.output(result, ["rows", 2])
+    locator = SiteLocator(graph.graph, architecture_of("gpt2"))
+    found = locator.bias(Site.parse("layers.0.ffn"))
+    assert found is not None
+    assert found.numpy().tolist() == [5, 7]
+
+
+def test_steering_nodes_are_not_part_of_a_module(
+    toy: Callable[..., Any], make_adapter: Callable[..., Any]
+) -> None:
+    """A graft carries its module's path; what is found does not depend on it."""
+    graph = toy()
+    graft_model(graph.model, make_adapter({"layers.1.ffn": ([1], [0.5])}))
+    place = find(graph, "layers.1.ffn")
+    assert isinstance(place, Place)
+    assert place.value is graph.values["1.down_out"]
