@@ -49,17 +49,23 @@ def _inferred(model: ir.Model) -> dict[str, list[int | str]]:
     try:
         with _without_weights(model):
             proto = ir.to_proto(model)
-        found = SymbolicShapeInference.infer_shapes(proto)
+        # Its one public function writes a file into the working directory where it gives up.
+        inference = SymbolicShapeInference(2**31 - 1, False, False, 0)
+        inference._preprocess(proto)
+        while inference.run_:
+            inference._infer_impl()
+        found = inference.out_mp_
     except Exception:
         # It raises whatever an operator that it does not know makes it stumble over.
         return {}
     finally:
         logger.setLevel(level)
     shapes = {info.name: info.type.tensor_type.shape.dim for info in found.graph.value_info}
+    # Behind an operator that it does not know it states no axes at all.
     return {
         name: [dim.dim_param or dim.dim_value for dim in dims]
         for name, dims in shapes.items()
-        if all(dim.dim_param or dim.HasField("dim_value") for dim in dims)
+        if dims and all(dim.dim_param or dim.HasField("dim_value") for dim in dims)
     }
 
 
