@@ -177,11 +177,11 @@ def _traced(path: Path, traces: Mapping[str, tuple[str, str]]) -> Iterator[Path]
     values: dict[str | None, ir.Value] = {value.name: value for value in model.graph.inputs}
     for node in model.graph:
         values |= {value.name: value for value in node.outputs}
-    for node, (_, after) in traces.items():
+    for steered, (_, after) in traces.items():
         value = values.get(after)
         if value is None or not (value.consumers() or value.is_graph_output()):
             raise VerificationError(
-                f"{path}: nothing reads the steered activation of {node}; not published"
+                f"{path}: nothing reads the steered activation of {steered}; not published"
             )
     wanted = {name for pair in traces.values() for name in pair}
     known = {value.name for value in model.graph.outputs}

@@ -79,7 +79,12 @@ def _without_weights(model: ir.Model) -> Iterator[None]:
             continue
         kept[value] = tensor
         value.const_value = ir.ExternalTensor(
-            "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=str(value.name)
+            "weights",
+            0,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=str(value.name),
         )
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether a graph is an adapter's base: by its weights where it holds them, else by its config."""
+"""Whether a graph is an adapter's base: its weights say it where it holds them as they are."""
 
 from __future__ import annotations
 
