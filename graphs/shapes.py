@@ -83,7 +83,7 @@ def _without_weights(model: ir.Model) -> Iterator[None]:
             0,
             tensor.nbytes,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=str(value.name),
         )
     try:
