@@ -108,9 +108,12 @@ AUSTEER_INLINE void constant(const Site& site, const Rows& rows) {
     for (std::size_t token = 0; token < rows.tokens; ++token) {
       const Stored* x = static_cast<const Stored*>(rows.x) + token * rows.width;
       Stored* y = static_cast<Stored*>(rows.y) + token * rows.width;
+      // Reads of a token come first: writes between them would hold up those that follow.
+      Stored value[kBlock];
       for (std::size_t i = 0; i < count; ++i) {
-        y[place[i]] = Element::narrow(Element::widen(x[place[i]]) * gain[i]);
+        value[i] = Element::narrow(Element::widen(x[place[i]]) * gain[i]);
       }
+      for (std::size_t i = 0; i < count; ++i) y[place[i]] = value[i];
     }
   }
 }
