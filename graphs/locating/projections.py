@@ -57,7 +57,7 @@ def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
     """The projection's matrix as `[in, out]`; None where it is quantized or computed."""
     if (node.domain, node.op_type) not in (("", "MatMul"), ("", "Gemm")):
         return None
-    found = stored_tensor(node.inputs[1])
+    found = stored_tensor(_input(node, 1))
     if found is None or found[0].dtype not in _FLOATS:
         return None
     tensor, transposed = found
@@ -67,7 +67,7 @@ def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
 
 
 def _plain(node: ir.Node) -> Projection | str:
-    found = stored_tensor(node.inputs[1])
+    found = stored_tensor(_input(node, 1))
     shape = (None, None) if found is None else tuple(found[0].shape)
     if len(shape) != 2:
         return f"{node.name} has a weight of {len(shape)} dimensions, expected 2"
@@ -93,14 +93,14 @@ def _fused_matmul(node: ir.Node) -> Projection | str:
 
 def _block_quantized(node: ir.Node) -> Projection | str:
     sizes = (node.attributes.get_int("K", 0) or None, node.attributes.get_int("N", 0) or None)
-    scales = node.inputs[2]
+    scales = _input(node, 2)
     dtype = scales.dtype if scales is not None and scales.dtype in _FLOATS else None
     return _projection(node, dtype, *sizes)
 
 
 def _matmul_integer(node: ir.Node) -> Projection | str:
     """`MatMulInteger` of a model quantized dynamically: its activation is quantized before."""
-    quantized = node.inputs[0]
+    quantized = _input(node, 0)
     source = None if quantized is None else quantized.producer()
     if source is None or source.op_type != "DynamicQuantizeLinear":
         return f"{node.name} reads no activation that DynamicQuantizeLinear makes"
@@ -117,12 +117,12 @@ def _dynamic_quantize_matmul(node: ir.Node) -> Projection | str:
 
 
 def _integer(node: ir.Node, reader: ir.Node) -> Projection | str:
-    found = stored_tensor(node.inputs[1])
+    found = stored_tensor(_input(node, 1))
     shape = (None, None) if found is None else tuple(found[0].shape)
     sizes = [int(size) if isinstance(size, int) else None for size in shape]
     if len(sizes) != 2:
         return f"{node.name} has a weight of {len(sizes)} dimensions, expected 2"
-    activation = reader.inputs[0]
+    activation = _input(reader, 0)
     if activation is None or activation.is_initializer():
         return f"{node.name} reads no activation"
     # Both operators are defined for float alone.
@@ -132,7 +132,7 @@ def _integer(node: ir.Node, reader: ir.Node) -> Projection | str:
 def _projection(
     node: ir.Node, dtype: ir.DataType | None, in_width: int | None, out_width: int | None
 ) -> Projection | str:
-    activation = node.inputs[0]
+    activation = _input(node, 0)
     if activation is None or activation.is_initializer():
         return f"{node.name} reads no activation as first input"
     known = activation.dtype or node.outputs[0].dtype or dtype
@@ -144,6 +144,11 @@ def _projection(
         _last(activation) or in_width,
         _last(node.outputs[0]) or out_width,
     )
+
+
+def _input(node: ir.Node, position: int) -> ir.Value | None:
+    """An input, None where a malformed node lacks it."""
+    return node.inputs[position] if len(node.inputs) > position else None
 
 
 def _last(value: ir.Value) -> int | None:
@@ -159,7 +164,7 @@ def stored_tensor(value: ir.Value | None) -> tuple[ir.TensorProtocol, bool] | No
         if producer is None or producer.op_type not in _SAME_VALUES:
             return None
         turned ^= producer.op_type == "Transpose"
-        value = producer.inputs[0]
+        value = _input(producer, 0)
     return None if value is None or value.const_value is None else (value.const_value, turned)
 
 

@@ -21,7 +21,7 @@ _SUM = 3
 
 def is_skip_norm(node: ir.Node) -> bool:
     """Whether the node adds two activations and normalizes the sum."""
-    return node.domain == MICROSOFT and node.op_type in _NORMS
+    return node.domain == MICROSOFT and node.op_type in _NORMS and len(node.inputs) >= 3
 
 
 def norm_width(node: ir.Node) -> int | None:
