@@ -9,6 +9,7 @@ from austeer.exporter.routes import Route
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, RunOptions
 
 if TYPE_CHECKING:
+    from austeer.exporter.graft import GraftRequest, graft_job
     from austeer.exporter.merge import MergeSummary, merge_checkpoint
     from austeer.exporter.products import Export, export_product, verify_product
     from austeer.exporter.run import RunReport, fit_job, run_job
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BaseOptions",
     "Export",
+    "GraftRequest",
     "Handling",
     "MergeSummary",
     "ParityReport",
@@ -27,6 +29,7 @@ __all__ = [
     "RunReport",
     "export_product",
     "fit_job",
+    "graft_job",
     "localize_job",
     "merge_checkpoint",
     "run_job",
@@ -38,11 +41,13 @@ __all__ = [
 # These open models; they load on first use, so that the CLI's help stays instant.
 _LAZY = {
     "Export": "austeer.exporter.products",
+    "GraftRequest": "austeer.exporter.graft",
     "MergeSummary": "austeer.exporter.merge",
     "ParityReport": "austeer.exporter.verify",
     "RunReport": "austeer.exporter.run",
     "export_product": "austeer.exporter.products",
     "fit_job": "austeer.exporter.run",
+    "graft_job": "austeer.exporter.graft",
     "localize_job": "austeer.exporter.stages",
     "merge_checkpoint": "austeer.exporter.merge",
     "run_job": "austeer.exporter.run",

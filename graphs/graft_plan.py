@@ -96,8 +96,9 @@ def plan_graft(
 ) -> GraftPlan:
     """A graft that steers by one adapter, always."""
     nodes = [
-        SteeringNode(s.site, _operator([s]), 0, _tensors(s, _operator([s])), switchable=False)
-        for s in adapter.sites
+        SteeringNode(steered.site, op, 0, _tensors(steered, op), switchable=False)
+        for steered in adapter.sites
+        for op in [_operator([steered])]
     ]
     return GraftPlan(adapter.architecture, tuple(nodes), scale, scale_as)
 
