@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from austeer.adapters._errors import GraphError, OutputError, RouteError
+from austeer.adapters._errors import AusteerError, GraphError, OutputError, RouteError
 from austeer.adapters._files import (
     check_output_free,
     publish_directory,
@@ -185,7 +185,7 @@ def _as_file(request: GraftRequest, base: Path, model: ir.Model) -> Iterator[Pat
             f"{out}: the base keeps its weights in files of their own; write beside it, such "
             f"as {base.with_name(out.name)}, or into a new directory with --copy-data"
         )
-    with publish_file(out) as work:
+    with publish_file(out) as work, _speaking_of(out, work):
         work.unlink()
         yield work
 
@@ -204,7 +204,7 @@ def _as_directory(request: GraftRequest, base: Path, model: ir.Model) -> Iterato
             f"such as {base.with_name('steered.onnx')}, where they are shared, or take "
             "--copy-data"
         )
-    with publish_directory(request.out) as work:
+    with publish_directory(request.out) as work, _speaking_of(request.out, work):
         for location in locations:
             (work / location).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.parent / location, work / location)
@@ -213,6 +213,17 @@ def _as_directory(request: GraftRequest, base: Path, model: ir.Model) -> Iterato
             if path.suffix in _COMPANIONS and path.is_file():
                 shutil.copyfile(path, work / path.name)
         yield work / base.name
+
+
+@contextmanager
+def _speaking_of(out: Path, work: Path) -> Iterator[None]:
+    """Name the output in errors, not the temporary that it is written to."""
+    try:
+        yield
+    except AusteerError as error:
+        if str(work) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(work), str(out))) from error
 
 
 def _write(

@@ -75,9 +75,8 @@ def graft(
 
 def _print_graft(row: dict[str, Any]) -> None:
     header = ("graft", "nodes", "largest site difference (roundings)", "moves logits by")
-    figures = [f"{row[key]:.3g}" for key in ("max_site_difference", "steered_vs_base")]
-    if not row["verified"]:
-        figures = ["not verified"] * 2
+    keys = ("max_site_difference", "steered_vs_base")
+    figures = [f"{row[key]:.3g}" if row["verified"] else "not verified" for key in keys]
     print_table(
         "Verified" if row["verified"] else "Not verified",
         header,

@@ -33,6 +33,7 @@ def load_model(path: Path) -> ir.Model:
     except Exception as error:
         # The IR raises many kinds of errors for many kinds of nonsense.
         raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from error
+    _check_text(path, model.graph)
     ir.external_data.set_base_dir(model.graph, path.parent)
     for tensor in external_tensors(model):
         _check_external(path, tensor)
@@ -109,6 +110,18 @@ def _read_proto(path: Path) -> onnx.ModelProto:
             "export or download it again"
         )
     return proto
+
+
+def _check_text(path: Path, graph: ir.Graph) -> None:
+    """Refuse names that are not UTF-8: what reads such a file cannot write one."""
+    named: list[Any] = [*graph.inputs, *graph.initializers.values()]
+    for node in graph.all_nodes():
+        named += [node, *node.outputs]
+    for item in named:
+        if isinstance(item.name, bytes):
+            raise GraphError(
+                f"{path}: not a valid ONNX model (the name {item.name!r} is not UTF-8)"
+            )
 
 
 def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:

@@ -296,3 +296,15 @@ def test_other_operators_are_no_projections(op: str, domain: str) -> None:
     graph, x = graph_with_activation()
     weight = graph.constant("w", W)
     assert not is_projection(node_of(graph.add(op, [x, weight], AT, domain=domain)))
+
+
+@pytest.mark.parametrize("inputs", [0, 1])
+@pytest.mark.parametrize("operator", sorted({name.partition("-")[0] for name in OPERATORS}))
+def test_nodes_that_lack_inputs_are_refused(operator: str, inputs: int) -> None:
+    graph, x = graph_with_activation()
+    default = operator in ("MatMul", "Gemm", "MatMulInteger")
+    domain = "" if default else MICROSOFT
+    finish(graph, graph.add(operator, [x][:inputs], AT, domain=domain))
+    found = graph.find("layers.0.neuron")
+    assert isinstance(found, Refusal)
+    assert str(found).startswith("layers.0.neuron: ")

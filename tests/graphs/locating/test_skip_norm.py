@@ -282,3 +282,12 @@ def test_a_projection_that_two_nodes_read_hides_no_sum() -> None:
     decoder = BuilderDecoder()
     decoder.add("Neg", [decoder.values["1.down"]], "probe")
     assert isinstance(decoder.find("layers.1.layer"), Refusal)
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_a_norm_that_lacks_inputs_is_refused(inputs: int) -> None:
+    decoder = BuilderDecoder()
+    (norm,) = decoder.values["1.down"].consumers()
+    norm.replace_input_with(0, norm.inputs[1])
+    norm.resize_inputs(inputs)
+    assert isinstance(decoder.find("layers.1.layer"), Refusal)
