@@ -41,7 +41,7 @@ venv-optimum:
 	@.ci/venv $(VENV)-optimum cpu,optimum,dev constraints-optimum.txt
 
 venv-serving:
-	@.ci/venv $(VENV)-serving cpu,serving,dev constraints.txt
+	@.ci/venv $(VENV)-serving cpu,serving,dev constraints-serving.txt
 
 npm: ## the JavaScript runtimes; their install scripts fetch what is not needed
 	@command -v npm >/dev/null || { echo "no npm: the examples in JavaScript are skipped" >&2; exit 0; }; \

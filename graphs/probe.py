@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from austeer.adapters._errors import VerificationError
-from austeer.adapters.predictor import Predictor
+from austeer.adapters.predictor import PHI_SHIFT, Predictor
 from austeer.graphs.graft_plan import Array, GraftPlan, ScaleAs
 from austeer.graphs.model_io import load_model
 from austeer.graphs.opset import SCALE_INPUT
@@ -163,11 +163,20 @@ def _site_difference(
     phi: Any = 1.0
     if "V" in tensors:
         phi = Predictor(tensors["V"], tensors["b"], tensors["U"]).phi(selected)
-    expected[..., index] = selected * (1.0 + scale * tensors["gamma"] * phi)
+    strength = scale * tensors["gamma"]
+    expected[..., index] = selected * (1.0 + strength * phi)
     epsilon = _EPSILON.get(before.dtype, 2.0**-7)
-    # Float32 sums over the site's units come before the one rounding.
     allowed = np.maximum(epsilon * np.abs(expected), 2.0**-24) + 1e-5 * np.abs(x)
+    if "V" in tensors:
+        allowed[..., index] += np.abs(selected * strength) * _phi_error(selected, tensors)
     return float((np.abs(y - expected) / allowed).max())
+
+
+def _phi_error(selected: Array, tensors: Mapping[str, Array]) -> Array:
+    """What float32 sums may do to φ, whose slope is at most 1."""
+    V, b, U = (np.abs(tensors[name].astype(np.float64)) for name in ("V", "b", "U"))
+    terms = len(V) + V.shape[1] + 4
+    return np.asarray(terms * 2.0**-24 * ((np.abs(selected) @ V + b) @ U + PHI_SHIFT))
 
 
 @contextmanager

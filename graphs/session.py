@@ -39,7 +39,8 @@ class OnnxCausalLM:
         scale: strength factor of the next runs, for a model with the input `steering_scale`;
             None leaves the input's default.
         active: `.onnx_adapter` files (or `onnxruntime.LoraAdapter`) that steer the next runs,
-            for a model grafted with `--as-adapter`; empty runs the base.
+            for a model grafted with `--as-adapter`; empty runs the base. A file that holds a
+            strength of its own excludes `scale`.
 
     Raises:
         GraphError: onnxruntime is not installed, or cannot load the model, or the model has
@@ -59,7 +60,7 @@ class OnnxCausalLM:
     ) -> None:
         self._path = model_file(path)
         self._runtime = onnxruntime_module()
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[str, tuple[Any, bool]] = {}
         self._session = self._load(threads, providers, kernels)
         inputs = {item.name: item for item in self._session.get_inputs()}
         self._past = [name for name in inputs if _PAST.fullmatch(name)]
@@ -181,6 +182,8 @@ class OnnxCausalLM:
                     options.add_active_adapter(self._adapter(adapter))
             # The cache stays in the runtime's own values: no copy, any dtype.
             return list(self._session.run_with_ort_values(names, feeds, options))
+        except GraphError:
+            raise
         except Exception as error:
             raise GraphError(f"{self._path}: {_reason(error)}") from error
 
@@ -189,9 +192,18 @@ class OnnxCausalLM:
             return adapter
         key = str(adapter)
         if key not in self._loaded:
-            self._loaded[key] = self._runtime.LoraAdapter()
-            self._loaded[key].Load(key)
-        return self._loaded[key]
+            held = self._runtime.AdapterFormat.read_adapter(key)
+            loaded = self._runtime.LoraAdapter()
+            loaded.Load(key)
+            self._loaded[key] = loaded, SCALE_INPUT in held.get_parameters()
+        loaded, fixed = self._loaded[key]
+        if fixed and self.scale is not None:
+            # onnxruntime would take the adapter's and say nothing.
+            raise GraphError(
+                f"{key}: holds its own {SCALE_INPUT}; leave the scale alone, or graft with "
+                "--strength-input"
+            )
+        return loaded
 
     def _value(self, array: np.ndarray) -> Any:
         return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -26,7 +26,8 @@ TENSORS: dict[str, Any] = {
 def read(path: Path) -> dict[str, np.ndarray]:
     found = ort.AdapterFormat.read_adapter(str(path))
     assert found.get_adapter_version() == found.get_model_version() == 1
-    return {name: value.numpy() for name, value in found.get_parameters().items()}
+    # A copy: the values live in memory of `found`.
+    return {name: np.array(value.numpy()) for name, value in found.get_parameters().items()}
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -259,7 +259,8 @@ def test_the_strength_is_part_of_what_makes_an_adapter_active(
     scale: float, adapters: Any, switchable: Any, separately: Any
 ) -> None:
     made = adapters(1)
-    model, _, files = switchable(made, scale)
+    model, plan, files = switchable(made, scale)
+    assert [values[SCALE].tolist() for values in plan.switched] == [[scale]] * 2
     session = open_session(model, **EXACT)
     for file, adapter in zip(files, made, strict=True):
         assert np.array_equal(

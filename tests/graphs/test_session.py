@@ -214,3 +214,17 @@ print(*sorted({{"torch", "transformers"}} & set(sys.modules)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_a_scale_beside_an_adapter_that_holds_one_is_refused(
+    toy_lm: Build, tmp_path: Path
+) -> None:
+    """onnxruntime takes the adapter's value and drops the one that is fed, without a word."""
+    from austeer.graphs.adapter_file import write_adapter_file
+
+    file = tmp_path / "own.onnx_adapter"
+    write_adapter_file(file, {"steering_scale": np.array([2.0], np.float32)})
+    model = OnnxCausalLM(toy_lm(), threads=1)
+    model.active, model.scale = [file], 0.5
+    with pytest.raises(GraphError, match=r"own\.onnx_adapter: holds its own steering_scale"):
+        model.logits(np.array([[4, 5, 6]]))
