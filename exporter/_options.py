@@ -100,16 +100,17 @@ steering_options = together(
     click.option("--force", is_flag=True, help="Accept a base with other weights."),
     click.option("--pairs", help="Verify on this file's prompts as well."),
 )
-strength_input_option = click.option(
-    "--strength-input",
-    "scale_as",
-    type=click.Choice(["required", "optional"]),
-    is_flag=False,
-    flag_value="required",
-    default=None,
-    help="Make the factor a graph input, steering_scale; optional: one with a default, which "
-    "JavaScript cannot set.",
-)
+strength_input_options = together(
+    click.option(
+        "--strength-input", "scale_as", flag_value="required",
+        help="Make the factor a graph input, steering_scale.",
+    ),
+    click.option(
+        "--optional-strength-input", "scale_as", flag_value="optional",
+        help="The same with a default, for callers that do not know it; JavaScript cannot "
+        "set it.",
+    ),
+)  # fmt: skip
 no_verify_option = click.option(
     "--no-verify", is_flag=True, help="Publish without comparing with the attached model."
 )

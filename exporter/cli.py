@@ -30,7 +30,7 @@ from austeer.exporter._options import (
     no_verify_option,
     out_option,
     steering_options,
-    strength_input_option,
+    strength_input_options,
 )
 from austeer.exporter.adapter_commands import combine, show
 from austeer.exporter.graft_command import graft
@@ -173,7 +173,7 @@ def merge(as_json: bool, **options: Any) -> None:
 @click.argument("adapter")
 @out_option
 @steering_options
-@strength_input_option
+@strength_input_options
 @no_verify_option
 @base_options
 @json_option

@@ -29,11 +29,28 @@ if TYPE_CHECKING:
 
     from austeer.graphs import GraftPlan
 
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
-"""Endings of the small files that runtimes read beside a model."""
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "genai_config.json",
+    "*token*.json",
+    "chat_template.*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
+"""Configs and tokenizers, which runtimes read beside a model."""
 
 _ONE_FILE = 2**31
 """More than a protobuf file can hold: no weights of a file that was read are ever split off."""
+
+_SWITCHABLE = """
+
+Its steered sites are empty until a run makes an adapter active:
+
+| adapter | strength | units | at |
+|---|---|---|---|"""
 
 _USAGE = """`{name}` runs on stock onnxruntime without this package; the operator library of
 austeer is an option that makes it faster, never a condition."""
@@ -210,7 +227,7 @@ def _as_directory(request: GraftRequest, base: Path, model: ir.Model) -> Iterato
             shutil.copyfile(base.parent / location, work / location)
         ir.external_data.set_base_dir(model.graph, work)
         for path in sorted(base.parent.iterdir()):
-            if path.suffix in _COMPANIONS and path.is_file():
+            if any(path.match(name) for name in _COMPANIONS) and path.is_file():
                 shutil.copyfile(path, work / path.name)
         yield work / base.name
 
@@ -244,7 +261,15 @@ def _write(
     if request.library:
         _add_library(folder)
     usage = _USAGE.format(name=target.name)
-    card = model_card(adapters[0].config, "finetune", "onnx", usage)
+    if files:
+        usage += _SWITCHABLE + "".join(
+            f"\n| `{file.name}` | `{a.config.strength}` | {a.config.k} | "
+            f"{', '.join(a.config.components)} |"
+            for file, a in zip(files, adapters, strict=True)
+        )
+    # Of several adapters none speaks for the others' figures.
+    config = dataclasses.replace(adapters[0].config, fit={}) if files else adapters[0].config
+    card = model_card(config, "finetune", "onnx", usage)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return files
 

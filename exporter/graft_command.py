@@ -12,7 +12,7 @@ from austeer.exporter._options import (
     FOLDER,
     json_option,
     out_option,
-    strength_input_option,
+    strength_input_options,
 )
 
 
@@ -23,7 +23,7 @@ from austeer.exporter._options import (
 @click.option(
     "--scale", type=float, default=1.0, show_default=True, help="Factor on the strength."
 )
-@strength_input_option
+@strength_input_options
 @click.option(
     "--as-adapter",
     is_flag=True,

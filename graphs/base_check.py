@@ -11,13 +11,14 @@ import onnx_ir as ir
 from austeer.adapters._errors import AdapterError, GraphError, ModelError
 from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import ARCHITECTURES
 from austeer.adapters.fingerprint import ReadTensor, fingerprint
 from austeer.adapters.sites import Refusal, Site
 from austeer.graphs.locating.locate import SiteLocator
 from austeer.graphs.locating.projections import stored_weight
 from austeer.graphs.model_io import tensor_values
 
-_EXACT = (np.dtype(np.float32), np.dtype(np.float64))
+_GENAI_TYPE = ("model", "type")
 
 
 def check_base(
@@ -30,7 +31,7 @@ def check_base(
 
     Args:
         model: the ungrafted graph.
-        folder: where it is; a `config.json` there names the architecture.
+        folder: where it is; a `config.json` or `genai_config.json` names the architecture.
         adapter: what shall be grafted.
         force: accept other weights (never another architecture).
 
@@ -51,7 +52,7 @@ def check_base(
     if found == wanted:
         return True
     exact = all(
-        weight is not None and weight.dtype in _EXACT
+        weight is not None and weight.dtype == np.float32
         for weight in (read(f"{adapter.architecture.projection(s)}.weight") for s in sites)
     )
     if exact and not force:
@@ -64,15 +65,20 @@ def check_base(
 
 
 def _check_model_type(folder: Path, adapter: SteeringAdapter) -> None:
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    found = read_json(path, GraphError, "export the model again").get("model_type")
-    if found is not None and found != adapter.config.model_type:
-        raise AdapterError(
-            f"{path}: adapter for a {adapter.config.model_type} model, this one is {found}; "
-            "use the right base"
-        )
+    for name, keys in (("config.json", ("model_type",)), ("genai_config.json", _GENAI_TYPE)):
+        path = folder / name
+        if not path.is_file():
+            continue
+        found: Any = read_json(path, GraphError, "export the model again")
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        # The builder has types of its own beside those of transformers.
+        known = found in ARCHITECTURES or name == "config.json"
+        if found is not None and known and found != adapter.config.model_type:
+            raise AdapterError(
+                f"{path}: adapter for a {adapter.config.model_type} model, this one is "
+                f"{found}; use the right base"
+            )
 
 
 def _graph_reader(graph: ir.Graph, adapter: SteeringAdapter) -> ReadTensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from austeer.adapters._errors import GraphError
@@ -36,12 +37,17 @@ def steer_function(op: SteerOp, onnx_opset: int) -> ir.Function:
     """Body of one operator, at the model's own version of the default domain.
 
     Raises:
-        GraphError: the opset is too old for the bodies.
+        GraphError: the opset is too old for the bodies, or newer than the installed onnx.
     """
     if onnx_opset < MIN_ONNX_OPSET:
         raise GraphError(
             f"ONNX opset {onnx_opset}: steering needs {MIN_ONNX_OPSET} or newer; "
             "export the base model again with a newer opset"
+        )
+    if onnx_opset > onnx.defs.onnx_opset_version():
+        raise GraphError(
+            f"ONNX opset {onnx_opset}: the installed onnx {onnx.__version__} knows them up to "
+            f"{onnx.defs.onnx_opset_version()}; install a newer onnx"
         )
     body = _Body(op.inputs, onnx_opset)
     gain = {STEER_AU: _constant_gain, STEER_AU_ADAPTIVE: _adaptive_gain}[op]

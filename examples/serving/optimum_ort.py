@@ -8,7 +8,7 @@ library lies in it (`--library`), it is registered.
 
 optimum feeds the inputs that it knows and runs without options. A strength fixed in the graph
 needs no more. `--scale` and `--adapter` need `SteeredSession` below, and a model whose inputs
-for them have defaults (`--strength-input optional`, `--as-adapter`): with a required one,
+for them have defaults (`--optional-strength-input`, `--as-adapter`): with a required one,
 optimum refuses to run.
 """
 
@@ -90,12 +90,12 @@ def load(folder: Path, scale: float | None) -> ORTModelForCausalLM:
     if SCALE in model.input_names:
         raise BadInput(
             f"{folder}: {SCALE} is a required input, which optimum does not feed; graft with "
-            "--strength-input optional"
+            "--optional-strength-input"
         )
     defaults = [item.name for item in model.session.get_overridable_initializers()]
     if scale is not None and SCALE not in defaults:
         raise BadInput(
-            f"--scale: {folder} has no {SCALE} input; graft with --strength-input optional"
+            f"--scale: {folder} has no {SCALE} input; graft with --optional-strength-input"
         )
     return model
 

@@ -426,6 +426,18 @@ def test_adapters_of_one_name_get_files_of_their_own(
         assert np.array_equal(found[number], logits(tmp_path / f"alone{number}"))
 
 
+def test_the_strength_of_adapters_that_switch(
+    own_base: Any, adapter_folder: Adapters, tmp_path: Path
+) -> None:
+    base = own_base()
+    adapters = [adapter_folder(seed=1), adapter_folder("llama", "ffn", 0)]
+    row = job(base, adapters, tmp_path / "out", as_adapter=True, scale=-0.5)
+    for name, adapter in zip(row["adapter_files"], adapters, strict=True):
+        unproved(base, adapter, tmp_path / f"alone-{name}", scale=-0.5)
+        found = logits(tmp_path / "out", active=[tmp_path / "out" / name])
+        assert np.array_equal(found, logits(tmp_path / f"alone-{name}"))
+
+
 def test_together_multiplies_gains(
     base_folder: Bases, adapter_folder: Adapters, tmp_path: Path
 ) -> None:
@@ -484,6 +496,22 @@ def test_replace_where_there_is_nothing_to_replace(
     job(base, adapter_folder(), tmp_path / "one", replace=True)
     unproved(base, adapter_folder(), tmp_path / "two")
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_a_replaced_graft_is_compared_with_the_unsteered_base(
+    as_adapter: bool, own_base: Any, adapter_folder: Adapters, tmp_path: Path
+) -> None:
+    """The same graft again moves nothing against the file that it replaces."""
+    base = own_base()
+    unproved(base, adapter_folder(), tmp_path / "once")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    row = job(once, adapter_folder(), twice, replace=True, as_adapter=as_adapter)
+    active = [twice / name for name in row["adapter_files"]]
+    assert np.array_equal(logits(twice, active=active), logits(once))
+    moved = np.abs(logits(once) - logits(base)).max()
+    assert row["steered_vs_base"] > 0.01
+    assert moved > 0.01
 
 
 def test_replacing_a_switchable_graft(

@@ -121,7 +121,7 @@ def test_prompt_is_that_of_transformers(models: DemoModels, script: Script) -> N
 def test_what_cannot_be_is_said_in_one_line(models: DemoModels, script: Script) -> None:
     base = models.built("fp32")
     switchable = models.graft(*NAMES, "--as-adapter", base=base)
-    optional = models.graft("calm", "--strength-input", "optional", base=base)
+    optional = models.graft("calm", "--optional-strength-input", base=base)
     calm = switchable / "calm.onnx_adapter"
     check_refused(script(models.graft("calm"), PROMPT), "cannot load", "genai_config.json")
     for folder in (base, switchable, optional):

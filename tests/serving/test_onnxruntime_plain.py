@@ -52,9 +52,9 @@ def test_steered_text_is_that_of_the_attached_model(
     assert answer["ids"] != models.reference()
 
 
-@pytest.mark.parametrize("mode", ["required", "optional"])
+@pytest.mark.parametrize("mode", ["--strength-input", "--optional-strength-input"])
 def test_strength_belongs_to_the_request(mode: str, models: DemoModels, script: Script) -> None:
-    folder = models.graft("calm", "--strength-input", mode)
+    folder = models.graft("calm", mode)
     found = {scale: script.tokens(folder, "--scale", scale) for scale in (0, 0.5, 1)}
     assert found[0] == models.reference()
     assert found[0.5] == models.reference("calm", scale=0.5)

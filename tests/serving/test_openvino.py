@@ -39,7 +39,7 @@ def test_strength_belongs_to_the_request(name: str, models: DemoModels, script: 
 
 
 def test_inputs_with_a_default_are_constants(models: DemoModels, script: Script) -> None:
-    folder = models.graft("calm", "--inline", "--strength-input", "optional")
+    folder = models.graft("calm", "--inline", "--optional-strength-input")
     assert script.tokens(folder) == models.reference("calm")
     check_refused(script(folder, PROMPT, "--scale", 0), "no steering_scale input")
     switchable = models.graft("calm", "loud", "--inline", "--as-adapter")

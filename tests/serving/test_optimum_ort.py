@@ -85,7 +85,7 @@ def test_kernels_change_nothing(models: DemoModels, script: Script, base: Path) 
 def test_strength_belongs_to_the_request(
     models: DemoModels, script: Script, base: Path
 ) -> None:
-    folder = models.graft("calm", "--strength-input", "optional", base=base)
+    folder = models.graft("calm", "--optional-strength-input", base=base)
     found = {scale: script.tokens(folder, "--scale", scale) for scale in (0, 0.5, 1)}
     assert found == {scale: models.reference("calm", scale=float(scale)) for scale in found}
     assert found[1] == script.tokens(folder)
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_said_in_one_line(
     models: DemoModels, script: Script, base: Path
 ) -> None:
     required = models.graft("calm", "--strength-input", base=base)
-    check_refused(script(required, PROMPT), "a required input", "--strength-input optional")
+    check_refused(script(required, PROMPT), "a required input", "--optional-strength-input")
     check_refused(script(base, PROMPT, "--scale", 1), "has no steering_scale input")
     switchable = models.graft(*NAMES, "--as-adapter", base=base)
     calm = ("--adapter", switchable / "calm.onnx_adapter")

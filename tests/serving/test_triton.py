@@ -79,7 +79,7 @@ def facts(item: Any, protobuf: Any) -> tuple[str, str, list[int]]:
 GRAFTS = {
     "constant": ("calm",),
     "strength": ("calm", "--strength-input"),
-    "optional strength": ("keen", "--strength-input", "optional"),
+    "optional strength": ("keen", "--optional-strength-input"),
     "adapters": ("calm", "loud", "keen", "--as-adapter"),
     "adapters, strength": ("calm", "keen", "--as-adapter", "--strength-input"),
 }

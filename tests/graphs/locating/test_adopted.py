@@ -101,6 +101,16 @@ def test_two_that_fit_are_none(layer: Callable[[], QuantizedLayer]) -> None:
     assert isinstance(made.plain.find("layers.0.ffn"), Refusal)
 
 
+def test_a_product_of_what_lies_outside_the_block_is_none_of_it(
+    layer: Callable[[], QuantizedLayer],
+) -> None:
+    made = layer()
+    expected = made.members()
+    other = made.product(made.norm, "other", D, D)
+    made.plain.add("Add", [made.out, other], "model.layers.0")
+    assert made.members() == expected != []
+
+
 def test_a_product_that_the_block_itself_reads_is_not_its_last(
     layer: Callable[[], QuantizedLayer],
 ) -> None:
