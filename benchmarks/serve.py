@@ -1,6 +1,6 @@
 """What steering costs a served model: decoding and prefill against the unsteered graph.
 
-    python benchmarks/serve.py                      # a random Llama of 134 M parameters, CPU
+    python benchmarks/serve.py                      # a random Llama of 123 M parameters, CPU
     python benchmarks/serve.py --provider CUDAExecutionProvider --dtype float16 --hidden 4096
 
 Every layer is steered, 100 units each. The graphs share one file of weights; all take turns in
