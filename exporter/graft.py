@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from austeer.graphs import GraftPlan
+    from austeer.graphs.base_check import BaseWeights
 
 _COMPANIONS = (
     "config.json",
@@ -96,6 +97,10 @@ class GraftRequest:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise RouteError(f"scale: expected a finite number, got {self.scale}")
+        if self.scale_as not in ("constant", "required", "optional"):
+            raise RouteError(
+                f"scale_as: expected constant, required or optional, got {self.scale_as!r}"
+            )
         if len(self.adapters) != 1 and not self.as_adapter:
             raise RouteError(
                 f"graft: expected one adapter, got {len(self.adapters)}; take --as-adapter to "
@@ -152,7 +157,7 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
         "route": "graft",
         "path": str(request.out),
         "nodes": len(graft.plan.nodes),
-        "weights_compared": compared,
+        "base_weights": compared.value,
         "adapter_files": [file.name for file in files],
         "verified": request.verify,
         "seconds": round(time.monotonic() - started, 2),
@@ -161,7 +166,7 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
 
 def _grafted(
     request: GraftRequest, base: Path, adapters: Sequence[SteeringAdapter]
-) -> tuple[_Graft, bool]:
+) -> tuple[_Graft, BaseWeights]:
     from austeer.graphs import (
         ScaleAs,
         load_model,
@@ -169,7 +174,7 @@ def _grafted(
         plan_switchable_graft,
         remove_graft,
     )
-    from austeer.graphs.base_check import check_base
+    from austeer.graphs.base_check import BaseWeights, check_base
     from austeer.graphs.graft import apply_plan, steered_values
     from austeer.graphs.inline import inline_functions
 
@@ -187,7 +192,7 @@ def _grafted(
     traces = steered_values(model)
     if request.inline:
         inline_functions(model)
-    return _Graft(model, plan, traces, removed > 0), all(compared)
+    return _Graft(model, plan, traces, removed > 0), min(compared, key=list(BaseWeights).index)
 
 
 @contextmanager
@@ -205,6 +210,8 @@ def _as_file(request: GraftRequest, base: Path, model: ir.Model) -> Iterator[Pat
     with publish_file(out) as work, _speaking_of(out, work):
         work.unlink()
         yield work
+        # Another run may have been quicker.
+        check_output_free(out)
 
 
 @contextmanager
@@ -255,7 +262,8 @@ def _write(
         return []
     folder, files = target.parent, []
     for name, values in zip(request.adapters, graft.plan.switched, strict=False):
-        file = _free(folder / f"{Path(name).name or 'adapter'}.onnx_adapter")
+        stem = Path(name).name if Path(name).name.strip(".") else Path(name).resolve().name
+        file = _free(folder / f"{stem or 'adapter'}.onnx_adapter")
         write_adapter_file(file, values)
         files.append(file)
     if request.library:
@@ -327,7 +335,7 @@ def _unsteered(base: Path, target: Path) -> Iterator[Path]:
     ir.external_data.set_base_dir(model.graph, target.parent)
     path = target.with_name(f".{target.name}.unsteered")
     try:
-        save_model(model, path)
+        save_model(model, path, limit=_ONE_FILE)
         yield path
     finally:
         path.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def _print_graft(row: dict[str, Any]) -> None:
         header,
         [(row["path"], str(row["nodes"]), *figures)],
     )
-    if not row["weights_compared"]:
+    if row["base_weights"] == "not comparable":
         click.echo(
             "note: the graph holds its weights rounded or quantized, so it could not be "
             "compared with the adapter's base model beyond its architecture"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -18,16 +20,26 @@ from austeer.graphs.locating.locate import SiteLocator
 from austeer.graphs.locating.projections import stored_weight
 from austeer.graphs.model_io import tensor_values
 
+
+class BaseWeights(StrEnum):
+    """What the weights of a graph say about an adapter's base; the worst is the least."""
+
+    DIFFERENT = "different"
+    NOT_COMPARABLE = "not comparable"
+    EQUAL = "equal"
+
+
+_EXACT = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _GENAI_TYPE = ("model", "type")
 
 
 def check_base(
     model: ir.Model, folder: Path, adapter: SteeringAdapter, *, force: bool = False
-) -> bool:
+) -> BaseWeights:
     """Refuse a graph of another model than the adapter's base.
 
-    A graph in float32 holds the base's weights exactly, so their fingerprint decides. One in
-    float16, or quantized, holds them rounded: only its architecture can be compared.
+    A graph in float32 or bfloat16 holds what the fingerprint is made of, so that decides. One
+    in float16, or quantized, holds them rounded: only its architecture can be compared.
 
     Args:
         model: the ungrafted graph.
@@ -36,7 +48,7 @@ def check_base(
         force: accept other weights (never another architecture).
 
     Returns:
-        Whether the weights were compared and are the base's.
+        Whether the weights are the base's; DIFFERENT only with `force`.
 
     Raises:
         AdapterError: another architecture, or other weights (unless `force`).
@@ -47,12 +59,12 @@ def check_base(
     try:
         found = fingerprint(adapter.architecture, sites, read)
     except ModelError:
-        return False
+        return BaseWeights.NOT_COMPARABLE
     wanted = adapter.config.base_model_fingerprint
     if found == wanted:
-        return True
+        return BaseWeights.EQUAL
     exact = all(
-        weight is not None and weight.dtype == np.float32
+        weight is not None and weight.dtype in _EXACT
         for weight in (read(f"{adapter.architecture.projection(s)}.weight") for s in sites)
     )
     if exact and not force:
@@ -61,7 +73,7 @@ def check_base(
             f"{adapter.config.base_model_name_or_path!r} with fingerprint {wanted}, the "
             f"graph's weights have {found}; use the right base or --force"
         )
-    return False
+    return BaseWeights.DIFFERENT if exact else BaseWeights.NOT_COMPARABLE
 
 
 def _check_model_type(folder: Path, adapter: SteeringAdapter) -> None:

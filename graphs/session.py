@@ -60,7 +60,7 @@ class OnnxCausalLM:
     ) -> None:
         self._path = model_file(path)
         self._runtime = onnxruntime_module()
-        self._loaded: dict[str, tuple[Any, bool]] = {}
+        self._loaded: dict[str, tuple[Any, frozenset[str]]] = {}
         self._session = self._load(threads, providers, kernels)
         inputs = {item.name: item for item in self._session.get_inputs()}
         self._past = [name for name in inputs if _PAST.fullmatch(name)]
@@ -178,8 +178,9 @@ class OnnxCausalLM:
         try:
             if self.active:
                 options = self._runtime.RunOptions()
+                self._check_active()
                 for adapter in self.active:
-                    options.add_active_adapter(self._adapter(adapter))
+                    options.add_active_adapter(self._adapter(adapter)[0])
             # The cache stays in the runtime's own values: no copy, any dtype.
             return list(self._session.run_with_ort_values(names, feeds, options))
         except GraphError:
@@ -187,23 +188,30 @@ class OnnxCausalLM:
         except Exception as error:
             raise GraphError(f"{self._path}: {_reason(error)}") from error
 
-    def _adapter(self, adapter: Any) -> Any:
+    def _adapter(self, adapter: Any) -> tuple[Any, frozenset[str]]:
+        """A loaded adapter, and the inputs that it sets as far as they are known."""
         if not isinstance(adapter, (str, Path)):
-            return adapter
+            return adapter, frozenset()
         key = str(adapter)
         if key not in self._loaded:
             held = self._runtime.AdapterFormat.read_adapter(key)
             loaded = self._runtime.LoraAdapter()
             loaded.Load(key)
-            self._loaded[key] = loaded, SCALE_INPUT in held.get_parameters()
-        loaded, fixed = self._loaded[key]
-        if fixed and self.scale is not None:
-            # onnxruntime would take the adapter's and say nothing.
-            raise GraphError(
-                f"{key}: holds its own {SCALE_INPUT}; leave the scale alone, or graft with "
-                "--strength-input"
-            )
-        return loaded
+            self._loaded[key] = loaded, frozenset(held.get_parameters())
+        return self._loaded[key]
+
+    def _check_active(self) -> None:
+        """Refuse what onnxruntime would settle by dropping a value, without a word."""
+        owners = {} if self.scale is None else {SCALE_INPUT: "the scale"}
+        for adapter in self.active:
+            for name in sorted(self._adapter(adapter)[1]):
+                if name in owners:
+                    raise GraphError(
+                        f"{adapter}: sets {name}, which {owners[name]} sets, too; graft with "
+                        "--together for several adapters at once, with --strength-input for a "
+                        "scale"
+                    )
+                owners[name] = str(adapter)
 
     def _value(self, array: np.ndarray) -> Any:
         return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -36,7 +36,8 @@ def remove_graft(model: ir.Model) -> int:
         How many nodes were there.
 
     Raises:
-        GraphError: the graft was inlined, so that its nodes cannot be told from the model's.
+        GraphError: the graft was inlined, so that its nodes cannot be told from the model's,
+            or lies in a branch of an If node.
     """
     nodes = steering_nodes(model)
     if not nodes and (names := _own_names(model.graph)):
@@ -44,6 +45,12 @@ def remove_graft(model: ir.Model) -> int:
             f"the model holds an inlined graft, see {names[0]}, which cannot be taken out; "
             "graft onto the base model instead"
         )
+    for node in nodes:
+        if node.graph is not model.graph:
+            raise GraphError(
+                f"{node.name} is inside a branch of the model, where it cannot be taken out; "
+                "graft onto the base model instead"
+            )
     constants = {value for node in nodes for value in node.inputs[1:] if value is not None}
     for node in nodes:
         _take_out(model.graph, node)

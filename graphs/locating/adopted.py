@@ -55,11 +55,28 @@ def _pathless_behind(node: ir.Node) -> Iterator[ir.Node]:
     while queue:
         for value in queue.pop().outputs:
             for reader in value.consumers():
-                if reader in seen or module_path(reader) or is_projection(reader):
+                if reader in seen or module_path(reader) or not _finishes_product(reader):
                     continue
                 seen.add(reader)
                 queue.append(reader)
                 yield reader
+
+
+def _finishes_product(node: ir.Node) -> bool:
+    """Whether a node only scales or shifts, as quantizers do behind a product of integers."""
+    if node.op_type == "Cast":
+        return True
+    return node.op_type in ("Mul", "Add") and any(_is_factor(value) for value in node.inputs)
+
+
+def _is_factor(value: ir.Value | None) -> bool:
+    """Whether a value holds scales or a bias, and no activation."""
+    if value is None or value.const_value is not None:
+        return value is not None
+    maker = value.producer()
+    if maker is None or maker.op_type == "DynamicQuantizeLinear":
+        return maker is not None
+    return maker.op_type in ("Mul", "Cast") and all(_is_factor(part) for part in maker.inputs)
 
 
 def _inside(node: ir.Node, module: str) -> bool:

@@ -8,7 +8,7 @@ paths come from, `projections` which nodes are projections.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -73,6 +73,7 @@ class SiteLocator:
     """
 
     def __init__(self, graph: ir.Graph, architecture: Architecture) -> None:
+        self._branches = any(node.op_type == "If" for node in graph)
         self._pathless = pathless_projections(graph)
         self._architecture = architecture
         self._members: dict[str, list[ir.Node]] = {}
@@ -105,7 +106,11 @@ class SiteLocator:
         if isinstance(projection, Refusal):
             return None
         adding = [node for node in self._members[module] if node.op_type in ("Add", "Gemm")]
-        behind = [stored_tensor(value) for node in adding for value in node.inputs]
+        added = [value for node in adding for value in node.inputs]
+        for node in [projection.node, *adding]:
+            for reader in node.outputs[0].consumers():
+                added += [added_bias(reader)] if is_skip_norm(reader) else []
+        behind = [stored_tensor(value) for value in added]
         vectors = [found[0] for found in behind if found and len(found[0].shape) == 1]
         return vectors[0] if len(vectors) == 1 else None
 
@@ -151,6 +156,12 @@ class SiteLocator:
         if found:
             return Refusal(
                 site, f"module {paths[0]} is ambiguous in the graph: {', '.join(sorted(found))}"
+            )
+        if not self._members and self._branches:
+            return Refusal(
+                site,
+                "the decoder layers are in the branches of an If node (a merged model); graft "
+                "onto the model before it was merged",
             )
         if not self._members:
             return Refusal(
@@ -200,21 +211,29 @@ class SiteLocator:
         own = [node for node in members if module_path(node)[-1] == module]
         sums = [node.outputs[0] for node in own if node.domain == "" and node.op_type == "Add"]
         leaving = _leaving(sums, set(members))
-        if not leaving:
-            hidden = _hidden_sum(site, module, projection)
+        # What only a skip norm reads is a part of the sum that the norm computes.
+        inner = [value for value in leaving if _only_reader(value, is_skip_norm)]
+        if len(leaving) == len(inner):
+            start = inner[0] if inner else projection.node.outputs[0]
+            hidden = _hidden_sum(site, module, projection, start)
             if hidden is not None:
                 return hidden
         return _only(site, module, leaving, "among the layer's own sums", projection)
 
 
-def _hidden_sum(site: Site, module: str, projection: Projection) -> Place | None:
-    """The sum of a decoder layer that the next norm computes."""
-    value = projection.node.outputs[0]
+def _only_reader(value: ir.Value, wanted: Callable[[ir.Node], bool]) -> ir.Node | None:
+    readers = list(dict.fromkeys(value.consumers()))
+    return readers[0] if len(readers) == 1 and wanted(readers[0]) else None
+
+
+def _hidden_sum(
+    site: Site, module: str, projection: Projection, value: ir.Value
+) -> Place | None:
+    """The sum of a decoder layer that the next norm computes, found from a part of it."""
     for _ in range(8):
-        readers = list(dict.fromkeys(value.consumers()))
-        if len(readers) != 1:
+        node = _only_reader(value, lambda _: True)
+        if node is None:
             return None
-        (node,) = readers
         if is_skip_norm(node) and value in node.inputs[:2]:
             width = norm_width(node) or projection.out_width
             if width is None:
@@ -264,6 +283,14 @@ def _only(
         return Refusal(
             site, f"module {module}: expected one value that leaves it {where}, found {names}"
         )
+    for reader in values[0].consumers():
+        if reader.op_type == "QuantizeLinear":
+            return Refusal(
+                site,
+                f"module {module}: {reader.name} clips {values[0].name} to a range that was "
+                "fixed without steering; graft onto the float model, or one quantized "
+                "dynamically",
+            )
     return _place(site, module, values[0], None, projection, projection.out_width)
 
 

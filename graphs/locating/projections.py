@@ -19,7 +19,8 @@ MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_SAME_VALUES = ("Transpose", "Cast", "Identity")
+_SAME_VALUES = ("Cast", "Identity", "Transpose")
+_SAME_SHAPE = (*_SAME_VALUES, "DequantizeLinear")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +68,7 @@ def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
 
 
 def _plain(node: ir.Node) -> Projection | str:
-    found = stored_tensor(_input(node, 1))
+    found = stored_tensor(_input(node, 1), _SAME_SHAPE)
     shape = (None, None) if found is None else tuple(found[0].shape)
     if len(shape) != 2:
         return f"{node.name} has a weight of {len(shape)} dimensions, expected 2"
@@ -117,7 +118,7 @@ def _dynamic_quantize_matmul(node: ir.Node) -> Projection | str:
 
 
 def _integer(node: ir.Node, reader: ir.Node) -> Projection | str:
-    found = stored_tensor(_input(node, 1))
+    found = stored_tensor(_input(node, 1), _SAME_SHAPE)
     shape = (None, None) if found is None else tuple(found[0].shape)
     sizes = [int(size) if isinstance(size, int) else None for size in shape]
     if len(sizes) != 2:
@@ -156,12 +157,19 @@ def _last(value: ir.Value) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def stored_tensor(value: ir.Value | None) -> tuple[ir.TensorProtocol, bool] | None:
-    """The constant behind a value, and whether it is transposed on the way; None without."""
+def stored_tensor(
+    value: ir.Value | None, through: tuple[str, ...] = _SAME_VALUES
+) -> tuple[ir.TensorProtocol, bool] | None:
+    """The constant behind a value, and whether it is transposed on the way; None without.
+
+    Args:
+        value: where to start.
+        through: the operators that may lie between.
+    """
     turned = False
     while value is not None and value.const_value is None:
         producer = value.producer()
-        if producer is None or producer.op_type not in _SAME_VALUES:
+        if producer is None or producer.op_type not in through:
             return None
         turned ^= producer.op_type == "Transpose"
         value = _input(producer, 0)

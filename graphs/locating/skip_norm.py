@@ -58,7 +58,8 @@ def split_skip_norm(node: ir.Node, name: str) -> ir.Value:
     if bias is not None:
         fresh.append(ir.node("Add", [fresh[0].outputs[0], bias], name=f"{name}_bias"))
     total = fresh[-1].outputs[0]
-    _describe(total, old_sum or first, f"{name}/output_0")
+    # Who asks a graph for its hidden states asks by name.
+    _describe(total, old_sum or first, old_sum.name if old_sum else f"{name}/output_0")
     for value in [part.outputs[0] for part in fresh[:-1]]:
         _describe(value, total, f"{name}/partial")
     parts = [total, gamma] if simple or beta is None else [total, gamma, beta]

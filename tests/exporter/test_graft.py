@@ -120,7 +120,7 @@ def test_a_graft_equals_nodes_put_in_by_hand(
     model, folder = base_folder(model_type, int8=int8)
     adapter = adapter_folder(model_type, component, rank)
     row = job(folder, adapter, tmp_path / "out")
-    assert row["weights_compared"] == (not int8)
+    assert row["base_weights"] == ("not comparable" if int8 else "equal")
     values = dynamo_values(exported_base(model_type)[1], model_type)
     made = SteeringAdapter.from_pretrained(adapter)
     expected = reference_graph(
@@ -172,7 +172,7 @@ def test_a_directory_is_a_whole_product(
     assert "`model.onnx` runs on stock onnxruntime" in card
     assert row["path"] == str(tmp_path / "out")
     assert (row["route"], row["nodes"], row["adapter_files"]) == ("graft", 2, [])
-    assert row["verified"] and row["weights_compared"]
+    assert row["verified"] and row["base_weights"] == "equal"
     assert row["sites"] == 2
     assert 0.0 <= row["max_site_difference"] <= 1.0
     assert row["steered_vs_base"] > 0.01
@@ -481,7 +481,7 @@ def test_replace_takes_the_earlier_graft_out(
         job(steered, second, tmp_path / "no", copy_data=data)
     copies = data and out == "out"
     row = job(steered, second, tmp_path / out, replace=True, copy_data=copies)
-    assert row["verified"] and row["weights_compared"]
+    assert row["verified"] and row["base_weights"] == "equal"
     unproved(base, second, base.with_name("expected.onnx"))
     path = tmp_path / out / "steered.onnx" if out == "out" else tmp_path / out
     assert path.read_bytes() == base.with_name("expected.onnx").read_bytes()
@@ -639,7 +639,7 @@ def test_a_base_with_other_weights_by_force(
     with pytest.raises(AusteerError, match="another base model"):
         job(base, adapter, tmp_path / "no")
     row = job(base, adapter, tmp_path / "out", force=True)
-    assert row["verified"] and not row["weights_compared"]
+    assert row["verified"] and row["base_weights"] == "different"
     assert not (tmp_path / "no").exists()
 
 

@@ -128,7 +128,7 @@ def test_json_is_all_that_goes_to_stdout(tmp_path: Path, base: Path, adapter: Pa
     assert result.stderr == ""
     assert values["path"] == str(tmp_path / "out")
     assert (values["route"], values["nodes"], values["sites"]) == ("graft", 2, 2)
-    assert values["verified"] is values["weights_compared"] is True
+    assert values["verified"] is True and values["base_weights"] == "equal"
     assert values["adapter_files"] == []
     assert values["steered_vs_base"] > 0.01
     assert values["tokens"] == 24
@@ -374,7 +374,7 @@ def test_an_adapter_of_another_model(
     says = ("another base model", other.config.base_model_fingerprint, "--force")
     refused(tmp_path, base, path, "-o", tmp_path / "out", says=says)
     forced = as_json(invoke(base, path, "-o", tmp_path / "out", "--force", "--json"))
-    assert forced["verified"] and not forced["weights_compared"]
+    assert forced["verified"] and forced["base_weights"] == "different"
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])

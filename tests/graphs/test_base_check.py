@@ -17,7 +17,7 @@ from austeer.adapters import AdapterError, GraphError, SteeringAdapter
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.fingerprint import fingerprint
 from austeer.graphs import graft_model, load_model, remove_graft, save_model
-from austeer.graphs.base_check import check_base
+from austeer.graphs.base_check import BaseWeights, check_base
 
 UNITS = {
     "attention": ([3, 0], [0.5, -1.5]),
@@ -72,7 +72,7 @@ def test_equal_weights_are_the_base(
     graph = toy(bias=bias)
     units = everywhere(UNITS if component == "all" else [component])
     adapter = adapter_for(units, torch_tensors(graph))
-    assert check_base(graph.model, tmp_path, adapter) is True
+    assert check_base(graph.model, tmp_path, adapter) is BaseWeights.EQUAL
 
 
 @pytest.mark.parametrize("part", ["o_proj.weight", "down_proj.weight", "down_proj.bias"])
@@ -88,7 +88,7 @@ def test_other_weights_are_refused_unless_forced(
         check_base(graph.model, tmp_path, adapter)
     assert adapter.config.base_model_fingerprint in str(error.value)
     assert "--force" in str(error.value)
-    assert check_base(graph.model, tmp_path, adapter, force=True) is False
+    assert check_base(graph.model, tmp_path, adapter, force=True) is BaseWeights.DIFFERENT
 
 
 def test_weights_that_no_site_touches_do_not_matter(
@@ -98,7 +98,7 @@ def test_weights_that_no_site_touches_do_not_matter(
     tensors = torch_tensors(graph)
     tensors["model.layers.0.self_attn.o_proj.weight"] = np.zeros((4, 4), np.float32)
     adapter = adapter_for(everywhere(["ffn"]), tensors)
-    assert check_base(graph.model, tmp_path, adapter) is True
+    assert check_base(graph.model, tmp_path, adapter) is BaseWeights.EQUAL
 
 
 @pytest.mark.parametrize("size", [0, 10**9])
@@ -109,7 +109,7 @@ def test_weights_in_a_file_of_their_own(
     adapter = adapter_for(everywhere(), torch_tensors(graph))
     save_model(graph.model, tmp_path / "base.onnx", limit=size)
     model = load_model(tmp_path / "base.onnx")
-    assert check_base(model, tmp_path, adapter) is True
+    assert check_base(model, tmp_path, adapter) is BaseWeights.EQUAL
 
 
 def test_data_files_with_several_links_are_read(
@@ -120,7 +120,7 @@ def test_data_files_with_several_links_are_read(
     save_model(graph.model, tmp_path / "base.onnx", limit=0)
     (tmp_path / "backup").hardlink_to(tmp_path / "base.onnx.data")
     model = load_model(tmp_path / "base.onnx")
-    assert check_base(model, tmp_path, adapter) is True
+    assert check_base(model, tmp_path, adapter) is BaseWeights.EQUAL
 
 
 def test_a_graph_that_was_steered_before(toy: Any, adapter_for: Made, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_graph_that_was_steered_before(toy: Any, adapter_for: Made, tmp_path: 
     adapter = adapter_for(everywhere(), torch_tensors(graph))
     graft_model(graph.model, adapter)
     remove_graft(graph.model)
-    assert check_base(graph.model, tmp_path, adapter) is True
+    assert check_base(graph.model, tmp_path, adapter) is BaseWeights.EQUAL
 
 
 # Weights that a graph holds otherwise
@@ -147,7 +147,7 @@ def test_rounded_weights_cannot_be_compared(
     graph = toy()
     adapter = adapter_for(everywhere(), torch_tensors(graph))
     in_dtype(graph, np.float16)
-    assert check_base(graph.model, tmp_path, adapter) is False
+    assert check_base(graph.model, tmp_path, adapter) is BaseWeights.NOT_COMPARABLE
 
 
 @pytest.mark.parametrize("op", ["MatMulNBits", "MatMulInteger", "DequantizeLinear"])
@@ -174,7 +174,7 @@ def test_quantized_weights_cannot_be_compared(
             first = ir.node("DynamicQuantizeLinear", [node.inputs[0]], num_outputs=3)
             graph.graph.insert_before(node, first)
             node.replace_input_with(0, first.outputs[0])
-    assert check_base(graph.model, tmp_path, adapter) is False
+    assert check_base(graph.model, tmp_path, adapter) is BaseWeights.NOT_COMPARABLE
 
 
 def gpt2_graph(operator: str, bias: str) -> tuple[PlainGraph, dict[str, np.ndarray]]:
@@ -217,7 +217,10 @@ def test_every_way_to_write_a_linear_layer(
 ) -> None:
     graph, tensors = gpt2_graph(operator, bias)
     units = {"layers.0.ffn": UNITS["ffn"]}
-    assert check_base(graph.model, tmp_path, adapter_for(units, tensors, "gpt2")) is True
+    assert (
+        check_base(graph.model, tmp_path, adapter_for(units, tensors, "gpt2"))
+        is BaseWeights.EQUAL
+    )
     for name in tensors:
         other = {**tensors, name: tensors[name] * np.float32(1.1)}
         with pytest.raises(AdapterError, match="another base model"):
@@ -246,7 +249,7 @@ def test_a_config_that_agrees_or_says_nothing(
     graph = toy()
     (tmp_path / "config.json").write_text(json.dumps(config))
     adapter = adapter_for(everywhere(), torch_tensors(graph))
-    assert check_base(graph.model, tmp_path, adapter) is True
+    assert check_base(graph.model, tmp_path, adapter) is BaseWeights.EQUAL
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "7"])
@@ -264,4 +267,4 @@ def test_a_graph_without_the_site_is_not_compared(
     """The graft refuses it with the nearest names."""
     graph = toy(layers=1)
     adapter = adapter_for(everywhere(), torch_tensors(toy()))
-    assert check_base(graph.model, tmp_path, adapter) is False
+    assert check_base(graph.model, tmp_path, adapter) is BaseWeights.NOT_COMPARABLE

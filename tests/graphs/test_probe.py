@@ -292,7 +292,7 @@ def test_a_switchable_graft_that_steers_while_idle(case: Any, make_adapter: Any)
     made = case(plan_switchable_graft([make_adapter(ONE)]))
     gamma = np.array([0.5], np.float32)
     made.tamper(set_constant("austeer.layers.0.layer.gamma", gamma))
-    made.refused("without an adapter, logits differ by")
+    made.refused("without an adapter, .* changes its activation")
 
 
 def test_a_graft_onto_another_base(case: Any, make_adapter: Any, tmp_path: Path) -> None:

@@ -226,5 +226,7 @@ def test_a_scale_beside_an_adapter_that_holds_one_is_refused(
     write_adapter_file(file, {"steering_scale": np.array([2.0], np.float32)})
     model = OnnxCausalLM(toy_lm(), threads=1)
     model.active, model.scale = [file], 0.5
-    with pytest.raises(GraphError, match=r"own\.onnx_adapter: holds its own steering_scale"):
+    with pytest.raises(
+        GraphError, match=r"own\.onnx_adapter: sets steering_scale, which the scale"
+    ):
         model.logits(np.array([[4, 5, 6]]))

@@ -218,11 +218,20 @@ def test_quantized_weights_cannot_be_read_back(operator: str) -> None:
     assert stored_weight(node) is None
 
 
-def test_a_computed_weight_has_neither_values_nor_widths() -> None:
+def test_a_dequantized_weight_has_widths_and_no_values() -> None:
     graph, x = graph_with_activation()
     quantized = graph.constant("w", np.ones((IN, OUT), np.int8))
     scale = graph.constant("s", np.array(0.1, np.float32))
     weight = graph.add("DequantizeLinear", [quantized, scale], AT)
+    projection = read(graph.add("MatMul", [x, weight], AT))
+    assert (projection.in_width, projection.out_width) == (IN, OUT)
+    assert stored_weight(projection.node) is None
+
+
+def test_a_computed_weight_has_neither_values_nor_widths() -> None:
+    graph, x = graph_with_activation()
+    stored = graph.constant("w", np.ones((IN, OUT), np.float32))
+    weight = graph.add("Neg", [stored], AT)
     result = graph.add("MatMul", [x, weight], AT)
     projection = read(result)
     assert (projection.in_width, projection.out_width) == (None, None)
