@@ -7,22 +7,17 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from austeer.adapters._errors import AusteerError, GraphError, OutputError, RouteError
-from austeer.adapters._files import (
-    check_output_free,
-    publish_directory,
-    publish_file,
-    read_json,
-    write_json,
-)
+from austeer.adapters._errors import GraphError, RouteError
+from austeer.adapters._files import check_output_free, read_json, write_json
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
+from austeer.exporter.graft_output import graft_as_directory, graft_as_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,18 +25,6 @@ if TYPE_CHECKING:
     from austeer.graphs import GraftPlan
     from austeer.graphs.base_check import BaseWeights
 
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "genai_config.json",
-    "*token*.json",
-    "chat_template.*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-)
-"""Configs and tokenizers, which runtimes read beside a model."""
 
 _ONE_FILE = 2**31
 """More than a protobuf file can hold: no weights of a file that was read are ever split off."""
@@ -138,7 +121,7 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
         AusteerError: base, adapter or output is unusable, a site cannot be found, or the
             result differs from its formula; nothing is published then.
     """
-    from austeer.graphs.session import model_file
+    from austeer.graphs.runtime import model_file
 
     started = time.monotonic()
     base = model_file(request.base)
@@ -147,8 +130,7 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
     progress("graft", 0, 1)
     graft, compared = _grafted(request, base, adapters)
     progress("graft", 1, 1)
-    publish = _as_file if request.is_file else _as_directory
-    with publish(request, base, graft.model) as target:
+    with _published(request, base, graft.model) as target:
         files = _write(request, target, graft, adapters)
         progress("verify graft", 0, 1)
         proof = _prove(base, target, graft, files) if request.verify else {}
@@ -162,6 +144,14 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
         "verified": request.verify,
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _published(
+    request: GraftRequest, base: Path, model: ir.Model
+) -> AbstractContextManager[Path]:
+    if request.is_file:
+        return graft_as_file(request.out, base, model)
+    return graft_as_directory(request.out, base, model, copy_data=request.copy_data)
 
 
 def _grafted(
@@ -193,61 +183,6 @@ def _grafted(
     if request.inline:
         inline_functions(model)
     return _Graft(model, plan, traces, removed > 0), min(compared, key=list(BaseWeights).index)
-
-
-@contextmanager
-def _as_file(request: GraftRequest, base: Path, model: ir.Model) -> Iterator[Path]:
-    """A free name beside the output, renamed on a clean exit."""
-    from austeer.graphs.model_io import external_tensors
-
-    out = request.out
-    beside = out.parent.resolve() == base.parent.resolve()
-    if not beside and any(True for _ in external_tensors(model)):
-        raise OutputError(
-            f"{out}: the base keeps its weights in files of their own; write beside it, such "
-            f"as {base.with_name(out.name)}, or into a new directory with --copy-data"
-        )
-    with publish_file(out) as work, _speaking_of(out, work):
-        work.unlink()
-        yield work
-        # Another run may have been quicker.
-        check_output_free(out)
-
-
-@contextmanager
-def _as_directory(request: GraftRequest, base: Path, model: ir.Model) -> Iterator[Path]:
-    """The model file of a directory that is published on a clean exit."""
-    import onnx_ir as ir
-
-    from austeer.graphs.model_io import external_tensors
-
-    locations = sorted({str(tensor.location) for tensor in external_tensors(model)})
-    if locations and not request.copy_data:
-        raise OutputError(
-            f"{request.out}: the base keeps its weights in {locations[0]}; write beside it, "
-            f"such as {base.with_name('steered.onnx')}, where they are shared, or take "
-            "--copy-data"
-        )
-    with publish_directory(request.out) as work, _speaking_of(request.out, work):
-        for location in locations:
-            (work / location).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base.parent / location, work / location)
-        ir.external_data.set_base_dir(model.graph, work)
-        for path in sorted(base.parent.iterdir()):
-            if any(path.match(name) for name in _COMPANIONS) and path.is_file():
-                shutil.copyfile(path, work / path.name)
-        yield work / base.name
-
-
-@contextmanager
-def _speaking_of(out: Path, work: Path) -> Iterator[None]:
-    """Name the output in errors, not the temporary that it is written to."""
-    try:
-        yield
-    except AusteerError as error:
-        if str(work) not in str(error):
-            raise
-        raise type(error)(str(error).replace(str(work), str(out))) from error
 
 
 def _write(

@@ -106,7 +106,7 @@ def verify_onnx(
         AdapterError: `model` is not the adapter's base (unless `force`).
     """
     from austeer.graphs import OnnxCausalLM
-    from austeer.graphs.session import model_file
+    from austeer.graphs.runtime import model_file
 
     adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
     encoded = encode_prompts(tokenizer, prompts, context_length(model) - greedy_tokens)

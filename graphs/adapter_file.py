@@ -9,7 +9,7 @@ import numpy as np
 
 from austeer.adapters._errors import GraphError
 from austeer.graphs.graft_plan import Array
-from austeer.graphs.session import onnxruntime_module
+from austeer.graphs.runtime import onnxruntime_module
 
 _VERSION = 1
 

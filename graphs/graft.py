@@ -16,6 +16,7 @@ from austeer.adapters.steered_site import check_units
 from austeer.graphs.function import steer_functions
 from austeer.graphs.graft_plan import Array, GraftPlan, ScaleAs, SteeringNode, plan_graft
 from austeer.graphs.locating.locate import Place, SiteLocator
+from austeer.graphs.locating.projections import FLOATS
 from austeer.graphs.locating.scopes import NAME_SCOPES
 from austeer.graphs.locating.skip_norm import split_skip_norm
 from austeer.graphs.model_io import load_model, save_model
@@ -25,8 +26,6 @@ from austeer.graphs.ungraft import check_not_grafted, steering_nodes
 
 _MIN_IR_VERSION = 8
 """The first ONNX file version with model-local functions."""
-
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class GraftGainPass(ir.passes.InPlacePass):
@@ -147,8 +146,9 @@ def graft_file(
 ) -> None:
     """Write the model at `base_onnx`, steered by `adapter`, to the new file `out_onnx`.
 
-    External data beside `base_onnx` is shared when `out_onnx` is in the same folder, and
-    copied otherwise.
+    Nothing is compared with the adapter's base model, and nothing is run: `graft_job` of
+    `austeer.exporter` does both. External data beside `base_onnx` is shared when `out_onnx`
+    is in the same folder, and copied otherwise.
 
     Raises:
         GraphError: the base cannot be read, is grafted already, or lacks a site.
@@ -186,7 +186,7 @@ def locate_sites(locator: SiteLocator, sites: Sequence[Site]) -> list[Place]:
 
 
 def _check_place(place: Place, others: list[Place]) -> None:
-    if place.dtype not in _FLOATS:
+    if place.dtype not in FLOATS:
         raise GraphError(
             f"{place.site}: {place.value.name} is {place.dtype or 'of unknown type'}, expected "
             "float, float16 or bfloat16; graft onto a model with floating activations"

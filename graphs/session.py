@@ -13,11 +13,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from austeer.adapters._errors import GraphError
-from austeer.adapters._files import read_json
 from austeer.graphs.custom_op import register
 from austeer.graphs.opset import SCALE_INPUT
+from austeer.graphs.runtime import config_number, model_file, onnxruntime_module
 
-MODEL_NAME = "model.onnx"
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _ELEMENTS = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
 """Element type of a tensor as onnxruntime names it → its number in ONNX, bytes per element."""
@@ -87,7 +86,7 @@ class OnnxCausalLM:
         (logits,) = [item for item in self._session.get_outputs() if item.name == "logits"]
         if isinstance(logits.shape[-1], int):
             return logits.shape[-1]
-        return _config_number(self._path.parent, ("vocab_size",)) or 1
+        return config_number(self._path.parent, ("vocab_size",)) or 1
 
     def logits(
         self,
@@ -226,7 +225,7 @@ class OnnxCausalLM:
         heads, size = past.shape[1], past.shape[3]
         if isinstance(size, str):
             # The onnxruntime-genai builder leaves it open and writes it beside the graph.
-            size = _config_number(self._path.parent, ("decoder", "head_size"))
+            size = config_number(self._path.parent, ("decoder", "head_size"))
         if not isinstance(heads, int) or not isinstance(size, int):
             raise GraphError(
                 f"{self._path}: {past.name} has shape {past.shape}, expected numbers of heads "
@@ -262,19 +261,6 @@ class OnnxCausalLM:
             )
 
 
-def _config_number(folder: Path, keys: Sequence[str]) -> int | None:
-    """A number of the `genai_config.json` or `config.json` beside a model."""
-    for name, outer in (("genai_config.json", "model"), ("config.json", None)):
-        if not (folder / name).is_file():
-            continue
-        found: Any = read_json(folder / name, GraphError, "export the model again")
-        for key in (outer, *keys) if outer else keys:
-            found = found.get(key) if isinstance(found, dict) else None
-        if isinstance(found, int):
-            return found
-    return None
-
-
 def _batch(
     input_ids: Int[np.ndarray, "B T"], attention_mask: Int[np.ndarray, "B T"] | None
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
@@ -300,40 +286,6 @@ def _array(value: Any) -> np.ndarray:
     memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
     wide = np.frombuffer(memory, np.uint16).astype(np.uint32) << 16
     return wide.view(np.float32).reshape(shape)
-
-
-def model_file(path: str | Path) -> Path:
-    """The `.onnx` file that a path names: itself, or the one in a folder.
-
-    Raises:
-        GraphError: a folder without `model.onnx` and with several others.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    found = sorted(path.glob("*.onnx"))
-    named = path / MODEL_NAME
-    if named in found or not found:
-        return named
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise GraphError(f"{path}: expected one .onnx file in it, found {names}; name the file")
-    return found[0]
-
-
-def onnxruntime_module() -> Any:
-    """The onnxruntime package.
-
-    Raises:
-        GraphError: it is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise GraphError(
-            "onnxruntime is not installed; run: pip install 'austeer[cpu]' (or 'austeer[gpu]')"
-        ) from error
-    return onnxruntime
 
 
 def _reason(error: Exception) -> str:

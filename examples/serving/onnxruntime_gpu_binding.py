@@ -40,6 +40,7 @@ from onnxruntime_plain import (
     ELEMENTS,
     cache_element,
     check_adapter,
+    check_disjoint,
     complete,
     first_line,
     load_session,
@@ -110,6 +111,7 @@ class BoundModel:
             if file not in self._adapters:
                 tensors = check_adapter(file, self._asked_scale)
                 self._adapters[file] = {n: self.value(t) for n, t in tensors.items()}
+        check_disjoint({file: self._adapters[file] for file in adapters})
         return {name: v for file in adapters for name, v in self._adapters[file].items()}
 
     def value(self, array: np.ndarray) -> OrtValue:

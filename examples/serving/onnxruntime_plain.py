@@ -11,7 +11,7 @@ changing them costs nothing, and requests with different ones may run in threads
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Model:
         self._signature = read_signature(path, self._session, scale)
         self._element = cache_element(self._session, self._signature)
         self._asked_scale = scale
-        self._adapters: dict[Path, Any] = {}
+        self._adapters: dict[Path, tuple[Any, set[str]]] = {}
 
     def generate(
         self, prompt: Sequence[int], tokens: int, adapters: Sequence[Path] = ()
@@ -70,8 +70,10 @@ class Model:
             BadInput: an adapter that this model has no place for, or a failed run.
         """
         options = onnxruntime.RunOptions()
-        for file in adapters:
-            options.add_active_adapter(self._adapter(file))
+        loaded = {file: self._adapter(file) for file in adapters}
+        check_disjoint({file: names for file, (_, names) in loaded.items()})
+        for adapter, _ in loaded.values():
+            options.add_active_adapter(adapter)
         cache, fresh, length = self._empty_cache(), list(prompt), 0
         for _ in range(tokens):
             feeds = self._signature.feeds(fresh, length)
@@ -98,11 +100,13 @@ class Model:
         shapes = ((1, heads, 0, size) for heads, size in self._signature.cache.values())
         return [_value(np.zeros(shape, self._element)) for shape in shapes]
 
-    def _adapter(self, file: Path) -> Any:
+    def _adapter(self, file: Path) -> tuple[Any, set[str]]:
+        """A loaded adapter, and the graph inputs that it sets."""
         if file not in self._adapters:
-            check_adapter(file, self._asked_scale)
-            self._adapters[file] = onnxruntime.LoraAdapter()
-            self._adapters[file].Load(str(file))
+            names = set(check_adapter(file, self._asked_scale))
+            adapter = onnxruntime.LoraAdapter()
+            adapter.Load(str(file))
+            self._adapters[file] = adapter, names
         return self._adapters[file]
 
 
@@ -194,6 +198,26 @@ def check_adapter(file: Path, scale: float | None) -> dict[str, np.ndarray]:
             "--strength-input to choose it here"
         )
     return tensors
+
+
+def check_disjoint(adapters: Mapping[Path, Iterable[str]]) -> None:
+    """Refuse adapters that set the same graph inputs: one would replace the other.
+
+    Args:
+        adapters: the inputs that each active file sets.
+
+    Raises:
+        BadInput: two files set one input.
+    """
+    owners: dict[str, Path] = {}
+    for file, names in adapters.items():
+        for name in sorted(names):
+            if name in owners:
+                raise BadInput(
+                    f"{file}: steers where {owners[name]} does ({name}); graft with --together "
+                    "to have both active in one run"
+                )
+            owners[name] = file
 
 
 def first_line(error: Exception) -> str:

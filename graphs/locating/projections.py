@@ -18,7 +18,9 @@ from austeer.graphs.model_io import tensor_values
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""Element types that an activation can be steered in."""
+
 _SAME_VALUES = ("Cast", "Identity", "Transpose")
 _SAME_SHAPE = (*_SAME_VALUES, "DequantizeLinear")
 
@@ -59,7 +61,7 @@ def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
     if (node.domain, node.op_type) not in (("", "MatMul"), ("", "Gemm")):
         return None
     found = stored_tensor(_input(node, 1))
-    if found is None or found[0].dtype not in _FLOATS:
+    if found is None or found[0].dtype not in FLOATS:
         return None
     tensor, transposed = found
     transposed ^= node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
@@ -76,7 +78,7 @@ def _plain(node: ir.Node) -> Projection | str:
     sizes = [int(size) if isinstance(size, int) else None for size in shape]
     if turned:
         sizes.reverse()
-    dtype = found[0].dtype if found is not None and found[0].dtype in _FLOATS else None
+    dtype = found[0].dtype if found is not None and found[0].dtype in FLOATS else None
     return _projection(node, dtype, sizes[0], sizes[1])
 
 
@@ -95,7 +97,7 @@ def _fused_matmul(node: ir.Node) -> Projection | str:
 def _block_quantized(node: ir.Node) -> Projection | str:
     sizes = (node.attributes.get_int("K", 0) or None, node.attributes.get_int("N", 0) or None)
     scales = _input(node, 2)
-    dtype = scales.dtype if scales is not None and scales.dtype in _FLOATS else None
+    dtype = scales.dtype if scales is not None and scales.dtype in FLOATS else None
     return _projection(node, dtype, *sizes)
 
 

@@ -230,3 +230,15 @@ def test_a_scale_beside_an_adapter_that_holds_one_is_refused(
         GraphError, match=r"own\.onnx_adapter: sets steering_scale, which the scale"
     ):
         model.logits(np.array([[4, 5, 6]]))
+
+
+def test_adapters_that_set_the_same_input_are_refused(toy_lm: Build, tmp_path: Path) -> None:
+    from austeer.graphs.adapter_file import write_adapter_file
+
+    files = [tmp_path / f"{name}.onnx_adapter" for name in "ab"]
+    for file in files:
+        write_adapter_file(file, {"austeer.layers.0.ffn.gamma": np.ones(1, np.float32)})
+    model = OnnxCausalLM(toy_lm(), threads=1)
+    model.active = files
+    with pytest.raises(GraphError, match=r"b\.onnx_adapter: sets .*gamma, which .*a\.onnx_ad"):
+        model.logits(np.array([[4, 5, 6]]))

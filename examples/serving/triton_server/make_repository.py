@@ -19,6 +19,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +176,11 @@ def write_repository(
         seen = f"{(server_path or str(repository)).rstrip('/')}/{name}/{library.name}"
     text = config(name, model, seen)
     # Beside the repository: a server takes every folder in it for a model.
-    work = repository.with_name(f".{repository.name}.{name}.partial")
+    repository.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{repository.name}.{name}.partial-"
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=repository.parent))
     try:
+        work.chmod(0o755)
         _copy_model(folder, data_files(model), work / "1")
         if library is not None:
             shutil.copyfile(library, work / library.name)

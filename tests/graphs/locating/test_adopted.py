@@ -169,3 +169,17 @@ def test_half_a_module_is_completed(layer: Callable[[], QuantizedLayer]) -> None
     ffn = graph.find("layers.0.ffn")
     assert isinstance(ffn, Place)
     assert ffn.value is made.down
+
+
+def test_what_is_more_than_scale_and_shift_is_not_adopted(
+    layer: Callable[[], QuantizedLayer],
+) -> None:
+    """A norm that an optimizer fused has no path either, and is no part of the projection."""
+    quantized = layer()
+    (end,) = [n for n in quantized.members() if quantized.down in n.outputs]
+    norm = quantized.plain.add("SimplifiedLayerNormalization", [quantized.down])
+    gate = quantized.plain.add("Mul", [norm, quantized.act])
+    members = quantized.members()
+    assert end in members
+    assert norm.producer() not in members
+    assert gate.producer() not in members

@@ -274,3 +274,28 @@ def test_steering_nodes_are_not_part_of_a_module(
     place = find(graph, "layers.1.ffn")
     assert isinstance(place, Place)
     assert place.value is graph.values["1.down_out"]
+
+
+def test_an_output_quantized_with_a_fixed_range_is_refused() -> None:
+    graph = PlainGraph()
+    x = graph.input("x", ["B", "T", 4])
+    weight = graph.constant("w", np.eye(4, dtype=np.float32))
+    down = graph.add("MatMul", [x, weight], "model.layers.0.mlp.down_proj")
+    limits = [
+        graph.constant("s", np.array(0.1, np.float32)),
+        graph.constant("z", np.array(0, np.uint8)),
+    ]
+    quantized = graph.add("QuantizeLinear", [down, *limits])
+    graph.output(graph.add("DequantizeLinear", [quantized, *limits]), ["B", "T", 4])
+    found = graph.find("layers.0.ffn")
+    assert isinstance(found, Refusal)
+    assert "range that was fixed without steering" in str(found)
+
+
+def test_layers_in_the_branches_of_a_merged_model() -> None:
+    graph = PlainGraph(named=False)
+    x = graph.input("x", ["B", "T", 4])
+    graph.output(graph.add("If", [x]), ["B", "T", 4])
+    found = graph.find("layers.0.ffn")
+    assert isinstance(found, Refusal)
+    assert "before it was merged" in str(found)

@@ -291,3 +291,37 @@ def test_a_norm_that_lacks_inputs_is_refused(inputs: int) -> None:
     norm.replace_input_with(0, norm.inputs[1])
     norm.resize_inputs(inputs)
     assert isinstance(decoder.find("layers.1.layer"), Refusal)
+
+
+def test_a_sum_inside_the_layer_is_not_its_output() -> None:
+    """A parallel residual: attention + MLP is a node of its own, the residual sum is hidden."""
+    graph = PlainGraph()
+    h = graph.input("h", ["B", "T", WIDTH])
+    weight = graph.constant("w", np.eye(WIDTH, dtype=np.float32))
+    attention = graph.add("MatMul", [h, weight], "model.layers.0.self_attn.o_proj")
+    mlp = graph.add("MatMul", [h, weight], "model.layers.0.mlp.down_proj")
+    inner = graph.add("Add", [attention, mlp], "model.layers.0")
+    parts = [inner, h, graph.constant("gamma", GAMMA)]
+    out = graph.add(SIMPLE, parts, outputs=["out", "", "", "sum"], domain=MICROSOFT)
+    graph.output(out, ["B", "T", WIDTH])
+    place = graph.find("layers.0.layer")
+    assert isinstance(place, Place)
+    assert place.skip_norm is out.producer()
+
+
+def test_a_hidden_sum_that_the_graph_gives_out_keeps_its_name(
+    make_adapter: Any, run_onnx: Run
+) -> None:
+    decoder = BuilderDecoder()
+    place = decoder.find("layers.0.layer")
+    assert isinstance(place, Place)
+    assert place.skip_norm is not None
+    hidden = place.skip_norm.outputs[3]
+    hidden.shape, hidden.dtype = ir.Shape(["B", "T", 4]), ir.DataType.FLOAT
+    decoder.graph.outputs.append(hidden)
+    names = [value.name for value in decoder.graph.outputs]
+    before = run_onnx(decoder.model, {"x": DECODER_X})
+    graft_model(decoder.model, make_adapter({"layers.0.layer": ([1], [1.0])}))
+    assert [value.name for value in decoder.graph.outputs] == names
+    after = run_onnx(decoder.model, {"x": DECODER_X})
+    np.testing.assert_allclose(after[1], before[1] * [1, 2, 1, 1], rtol=1e-5)
