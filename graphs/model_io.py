@@ -68,10 +68,11 @@ def save_model(model: ir.Model, path: Path, *, limit: int = SINGLE_FILE_LIMIT) -
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """The main graph's initializers that are stored outside the model file."""
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            yield value.const_value
+    """The initializers, also of branches, that are stored outside the model file."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
 
 
 def tensor_values(tensor: ir.TensorProtocol) -> np.ndarray[Any, np.dtype[Any]]:
@@ -187,6 +188,12 @@ def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     The checker refuses data files that have several hard links, and data is checked already.
     """
+    for branch in _branches(proto.graph):
+        # A branch of an If node takes no inputs: a tensor of one element stands in there.
+        for tensor in branch.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                small = np.zeros((1,) * len(tensor.dims), np.float32)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(small, tensor.name))
     kept = []
     for tensor in proto.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -201,6 +208,15 @@ def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(kept)
     return proto
+
+
+def _branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    for node in graph.node:
+        for attribute in node.attribute:
+            for branch in (attribute.g, *attribute.graphs):
+                if branch.node or branch.initializer:
+                    yield branch
+                    yield from _branches(branch)
 
 
 def _first_line(error: BaseException) -> str:

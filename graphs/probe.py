@@ -31,9 +31,6 @@ _LOGITS_BOUND, _HALF_BOUND = 1e-4, 8 * 2.0**-10
 """Share of the largest logit by which two equal graphs may differ: a norm split from its sum
 rounds once more, which half precision shows."""
 
-_SAME_MODEL = 0.05
-"""Share of the largest logit by which one model may differ when last bits do."""
-
 _SPLIT_BOUND = 0.05
 """The same where norms were split: quantized operators behind them make last bits large."""
 

@@ -151,3 +151,35 @@ def test_full_disk_leaves_nothing_behind(
         save_model(toy().model, tmp_path / "model.onnx", limit=limit)
     message(error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_external_data_of_a_branch(tmp_path: Path, toy: Any) -> None:
+    """Tensors of an If node's branches count, too: checked, and kept where they are."""
+    graph = toy()
+    branches = []
+    for name in ("then", "else"):
+        tensor = ir.tensor(np.ones(4, np.float32), name=f"{name}_weight")
+        weight = ir.val(f"{name}_weight", tensor.dtype, [4], const_value=tensor)
+        node = ir.node("Identity", [weight])
+        node.outputs[0].name, node.outputs[0].dtype = f"{name}_out", ir.DataType.FLOAT
+        node.outputs[0].shape = ir.Shape([4])
+        branches.append(
+            ir.Graph([], [node.outputs[0]], nodes=[node], initializers=[weight], name=name)
+        )
+    choice = ir.tensor(np.array(True), name="choice")
+    condition = ir.val("choice", ir.DataType.BOOL, [], const_value=choice)
+    graph.graph.register_initializer(condition)
+    attributes = {f"{g.name}_branch": g for g in branches}
+    graph.graph.append(ir.node("If", [condition], attributes))
+    path = tmp_path / "model.onnx"
+    ir.save(graph.model, path, external_data="model.data", size_threshold_bytes=8)
+    model = load_model(path)
+    names = {str(tensor.name) for tensor in model_io.external_tensors(model)}
+    assert {"then_weight", "else_weight"} <= names
+    save_model(model, tmp_path / "again.onnx")
+    assert {
+        str(t.name) for t in model_io.external_tensors(load_model(tmp_path / "again.onnx"))
+    } == names
+    (tmp_path / "model.data").write_bytes(b"short")
+    with pytest.raises(GraphError, match="too short"):
+        load_model(path)
