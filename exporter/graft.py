@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
 from austeer.exporter.graft_output import graft_as_directory, graft_as_file
+from austeer.exporter.settings import check_strength
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,12 +78,7 @@ class GraftRequest:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise RouteError(f"scale: expected a finite number, got {self.scale}")
-        if self.scale_as not in ("constant", "required", "optional"):
-            raise RouteError(
-                f"scale_as: expected constant, required or optional, got {self.scale_as!r}"
-            )
+        check_strength(self.scale, self.scale_as)
         if len(self.adapters) != 1 and not self.as_adapter:
             raise RouteError(
                 f"graft: expected one adapter, got {len(self.adapters)}; take --as-adapter to "
@@ -192,9 +187,10 @@ def _write(
     from austeer.graphs import save_model
     from austeer.graphs.adapter_file import write_adapter_file
 
-    save_model(graft.model, target, **({"limit": _ONE_FILE} if request.is_file else {}))
     if request.is_file:
+        save_model(graft.model, target, limit=_ONE_FILE)
         return []
+    save_model(graft.model, target)
     folder, files = target.parent, []
     for name, values in zip(request.adapters, graft.plan.switched, strict=False):
         stem = Path(name).name if Path(name).name.strip(".") else Path(name).resolve().name

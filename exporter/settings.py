@@ -54,7 +54,7 @@ class Handling:
             `required` or `optional`.
 
     Raises:
-        RouteError: a scale that is no number.
+        RouteError: a scale that is no number, or another `scale_as`.
     """
 
     scale: float = 1.0
@@ -64,8 +64,19 @@ class Handling:
     scale_as: str = "constant"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise RouteError(f"scale: expected a finite number, got {self.scale}")
+        check_strength(self.scale, self.scale_as)
+
+
+def check_strength(scale: float, scale_as: str) -> None:
+    """Refuse a strength factor that is no number, or an unknown place for it in a graph.
+
+    Raises:
+        RouteError: as said.
+    """
+    if not math.isfinite(scale):
+        raise RouteError(f"scale: expected a finite number, got {scale}")
+    if scale_as not in ("constant", "required", "optional"):
+        raise RouteError(f"scale_as: expected constant, required or optional, got {scale_as!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

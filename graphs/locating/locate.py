@@ -8,7 +8,7 @@ paths come from, `projections` which nodes are projections.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -212,7 +212,7 @@ class SiteLocator:
         sums = [node.outputs[0] for node in own if node.domain == "" and node.op_type == "Add"]
         leaving = _leaving(sums, set(members))
         # What only a skip norm reads is a part of the sum that the norm computes.
-        inner = [value for value in leaving if _only_reader(value, is_skip_norm)]
+        inner = [v for v in leaving if (node := _only_reader(v)) and is_skip_norm(node)]
         if len(leaving) == len(inner):
             start = inner[0] if inner else projection.node.outputs[0]
             hidden = _hidden_sum(site, module, projection, start)
@@ -221,9 +221,9 @@ class SiteLocator:
         return _only(site, module, leaving, "among the layer's own sums", projection)
 
 
-def _only_reader(value: ir.Value, wanted: Callable[[ir.Node], bool]) -> ir.Node | None:
+def _only_reader(value: ir.Value) -> ir.Node | None:
     readers = list(dict.fromkeys(value.consumers()))
-    return readers[0] if len(readers) == 1 and wanted(readers[0]) else None
+    return readers[0] if len(readers) == 1 else None
 
 
 def _hidden_sum(
@@ -231,7 +231,7 @@ def _hidden_sum(
 ) -> Place | None:
     """The sum of a decoder layer that the next norm computes, found from a part of it."""
     for _ in range(8):
-        node = _only_reader(value, lambda _: True)
+        node = _only_reader(value)
         if node is None:
             return None
         if is_skip_norm(node) and value in node.inputs[:2]:

@@ -70,6 +70,8 @@ def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
 
 
 def _plain(node: ir.Node) -> Projection | str:
+    if any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA")):
+        return f"{node.name} transposes its activation"
     found = stored_tensor(_input(node, 1), _SAME_SHAPE)
     shape = (None, None) if found is None else tuple(found[0].shape)
     if len(shape) != 2:
@@ -80,18 +82,6 @@ def _plain(node: ir.Node) -> Projection | str:
         sizes.reverse()
     dtype = found[0].dtype if found is not None and found[0].dtype in FLOATS else None
     return _projection(node, dtype, sizes[0], sizes[1])
-
-
-def _gemm(node: ir.Node) -> Projection | str:
-    if node.attributes.get_int("transA", 0):
-        return f"{node.name} transposes its activation"
-    return _plain(node)
-
-
-def _fused_matmul(node: ir.Node) -> Projection | str:
-    if node.attributes.get_int("transA", 0) or node.attributes.get_int("transBatchA", 0):
-        return f"{node.name} transposes its activation"
-    return _plain(node)
 
 
 def _block_quantized(node: ir.Node) -> Projection | str:
@@ -180,9 +170,9 @@ def stored_tensor(
 
 _READERS: dict[tuple[str, str], Callable[[ir.Node], Projection | str]] = {
     ("", "MatMul"): _plain,
-    ("", "Gemm"): _gemm,
+    ("", "Gemm"): _plain,
     ("", "MatMulInteger"): _matmul_integer,
-    (MICROSOFT, "FusedMatMul"): _fused_matmul,
+    (MICROSOFT, "FusedMatMul"): _plain,
     (MICROSOFT, "MatMulNBits"): _block_quantized,
     (MICROSOFT, "MatMulBnb4"): _block_quantized,
     (MICROSOFT, "DynamicQuantizeMatMul"): _dynamic_quantize_matmul,

@@ -58,3 +58,17 @@ def adapter_folder(
         return made[key]
 
     return build
+
+
+@pytest.fixture
+def file_size_limit() -> Any:
+    """No file may grow beyond 2 kB: the kernel itself refuses the write."""
+    import resource
+    import signal
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)

@@ -331,20 +331,6 @@ def test_disk_full_while_syncing(
     refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
 
 
-@pytest.fixture
-def file_size_limit() -> Any:
-    """No file may grow beyond 2 kB: the kernel itself refuses the write."""
-    import resource
-    import signal
-
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("command", ["merge", "onnx"])
 def test_write_that_the_kernel_refuses(
     tmp_path: Path, base: Path, adapter: Path, command: str, file_size_limit: None

@@ -519,20 +519,6 @@ def test_a_folder_that_the_system_refuses(
     refused(tmp_path, base, adapter, "-o", out, says=(str(out), "permission denied"))
 
 
-@pytest.fixture
-def file_size_limit() -> Any:
-    """No file may grow beyond 2 kB: the kernel itself refuses the write."""
-    import resource
-    import signal
-
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("name", ["out", "base/steered.onnx"])
 def test_a_write_that_the_kernel_refuses(
     tmp_path: Path, base: Path, adapter: Path, name: str, file_size_limit: None

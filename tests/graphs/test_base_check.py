@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from plain_graphs import PlainGraph
+from steering_formula import UNITS
 
 from austeer.adapters import AdapterError, GraphError, SteeringAdapter
 from austeer.adapters.architectures import architecture_of
@@ -19,12 +20,6 @@ from austeer.adapters.fingerprint import fingerprint
 from austeer.graphs import graft_model, load_model, remove_graft, save_model
 from austeer.graphs.base_check import BaseWeights, check_base
 
-UNITS = {
-    "attention": ([3, 0], [0.5, -1.5]),
-    "neuron": ([5, 1, 2], [2.0, -0.25, 1.0]),
-    "ffn": ([2], [-0.8]),
-    "layer": ([1, 3], [0.3, 0.9]),
-}
 Made = Callable[..., SteeringAdapter]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import onnx
 import onnx.inliner
 import onnx_ir as ir
 import pytest
+from steering_formula import UNITS, steering
 
-from austeer.adapters import GraphError, OutputError, SiteError, SteeringAdapter
+from austeer.adapters import GraphError, OutputError, SiteError
 from austeer.graphs import (
     GraftGainPass,
     graft_file,
@@ -22,32 +22,7 @@ from austeer.graphs import (
     save_model,
 )
 
-UNITS = {
-    "attention": ([3, 0], [0.5, -1.5]),
-    "neuron": ([5, 1, 2], [2.0, -0.25, 1.0]),
-    "ffn": ([2], [-0.8]),
-    "layer": ([1, 3], [0.3, 0.9]),
-}
 X = np.random.default_rng(7).normal(size=(2, 5, 4)).astype(np.float32)
-
-
-def steering(adapter: SteeringAdapter, scale: float) -> dict[str, Callable[[Any], Any]]:
-    """The formulas of DESIGN §4 per site, in float64."""
-
-    def steer_of(site: Any) -> Callable[[Any], Any]:
-        def steer(value: Any) -> Any:
-            out, selected = value.copy(), value[..., site.index]
-            phi: Any = 1.0
-            if site.predictor is not None:
-                p = site.predictor
-                t = selected @ p.V.astype(float) + p.b
-                phi = 4.0 / (1.0 + np.exp(-(t @ p.U.astype(float) - np.log(3.0))))
-            out[..., site.index] = selected * (1.0 + scale * site.gamma * phi)
-            return out
-
-        return steer
-
-    return {f"{s.site.layer}.{s.site.component}": steer_of(s) for s in adapter.sites}
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -65,7 +40,7 @@ def test_graft_equals_the_formula(
     graft_model(graph.model, adapter, scale=0.6)
     onnx.checker.check_model(ir.to_proto(graph.model))
     (steered,) = run_onnx(graph.model, {"x": X})
-    expected = graph.compute(X, steering(adapter, 0.6))
+    expected = graph.compute(X, steering(adapter, scale=0.6))
     np.testing.assert_allclose(steered, expected, rtol=1e-4, atol=1e-4)
     assert np.abs(steered - base).max() > 0.1
 
@@ -228,7 +203,7 @@ def test_file_to_file(tmp_path: Path, toy: Any, make_adapter: Any, run_onnx: Any
     adapter = make_adapter({"layers.1.layer": UNITS["layer"]}, rank=1)
     graft_file(base, adapter, out, scale=2.0)
     (steered,) = run_onnx(out, {"x": X})
-    expected = graph.compute(X, steering(adapter, 2.0))
+    expected = graph.compute(X, steering(adapter, scale=2.0))
     np.testing.assert_allclose(steered, expected, rtol=1e-4, atol=1e-4)
     assert base.read_bytes() == bytes_before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.onnx", "out.onnx"]
@@ -261,7 +236,7 @@ def test_external_data_in_the_same_folder_is_shared(
         "b.onnx", "b.onnx.data", "near.onnx", "sub"
     ]  # fmt: skip
     (tmp_path / "sub" / "b.onnx.data").unlink(missing_ok=True)
-    expected = graph.compute(X, steering(adapter, 1.0))
+    expected = graph.compute(X, steering(adapter, scale=1.0))
     for path in (near, far):
         (steered,) = run_onnx(path, {"x": X})
         np.testing.assert_allclose(steered, expected, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx_sessions import FUNCTIONS_AND_KERNELS, open_session, run_session
-from steering_formula import steering
+from steering_formula import UNITS, steering
 
 from austeer.adapters import AdapterConfig, GraphError, SiteError, SteeringAdapter
 from austeer.graphs import (
@@ -26,12 +26,6 @@ from austeer.graphs.adapter_file import write_adapter_file
 
 X = np.random.default_rng(7).normal(size=(2, 5, 4)).astype(np.float32)
 FEEDS = {"x": X}
-UNITS = {
-    "attention": ([3, 0], [0.5, -1.5]),
-    "neuron": ([5, 1, 2], [2.0, -0.25, 1.0]),
-    "ffn": ([2], [-0.8]),
-    "layer": ([1, 3], [0.3, 0.9]),
-}
 OTHERS = {
     "attention": ([1, 2, 0, 3], [0.75, -0.5, 1.25, 0.1]),
     "neuron": ([20, 5], [-1.5, 0.5]),

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx_sessions import open_session, run_session
-from steering_formula import steering
+from steering_formula import UNITS, steering
 
 from austeer.graphs import ScaleAs, apply_plan, graft_model, plan_graft, plan_switchable_graft
 from austeer.graphs.graft import steered_values
@@ -17,12 +17,6 @@ from austeer.graphs.inline import inline_functions
 
 X = np.random.default_rng(7).normal(size=(2, 5, 4)).astype(np.float32)
 FEEDS = {"x": X}
-UNITS = {
-    "attention": ([3, 0], [0.5, -1.5]),
-    "neuron": ([5, 1, 2], [2.0, -0.25, 1.0]),
-    "ffn": ([2], [-0.8]),
-    "layer": ([1, 3], [0.3, 0.9]),
-}
 
 
 def everywhere() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx_sessions import FUNCTIONS_AND_KERNELS, open_session, run_session
-from steering_formula import steering
+from steering_formula import UNITS, steering
 
 from austeer.adapters import GraphError, VerificationError
 from austeer.graphs import (
@@ -30,12 +30,6 @@ from austeer.graphs.inline import inline_functions
 from austeer.graphs.probe import GraftProof, prove_graft
 from austeer.graphs.ungraft import steering_nodes
 
-UNITS = {
-    "attention": ([3, 0], [0.5, -1.5]),
-    "neuron": ([5, 1, 2], [2.0, -0.25, 1.0]),
-    "ffn": ([2], [-0.8]),
-    "layer": ([1, 3], [0.3, 0.9]),
-}
 OTHERS = {"ffn": ([0, 2, 3], [0.4, 1.1, -0.3]), "layer": ([3], [-0.6])}
 ONE = {"layers.0.layer": UNITS["layer"]}
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from builder_decoder import BuilderDecoder
 from onnx_sessions import open_session, run_session
-from steering_formula import steering
+from steering_formula import UNITS, steering
 
 from austeer.adapters import GraphError, SteeringAdapter
 from austeer.graphs import (
@@ -28,12 +28,6 @@ from austeer.graphs.inline import inline_functions
 from austeer.graphs.ungraft import check_not_grafted, steering_nodes
 
 X = np.random.default_rng(7).normal(size=(2, 5, 4)).astype(np.float32)
-UNITS = {
-    "attention": ([3, 0], [0.5, -1.5]),
-    "neuron": ([5, 1, 2], [2.0, -0.25, 1.0]),
-    "ffn": ([2], [-0.8]),
-    "layer": ([1, 3], [0.3, 0.9]),
-}
 Graft = Callable[[ir.Model, SteeringAdapter], None]
 
 

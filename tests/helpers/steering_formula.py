@@ -11,6 +11,14 @@ from austeer.adapters import SteeredSite, SteeringAdapter
 
 Steer = Callable[[np.ndarray], np.ndarray]
 
+UNITS = {
+    "attention": ([3, 0], [0.5, -1.5]),
+    "neuron": ([5, 1, 2], [2.0, -0.25, 1.0]),
+    "ffn": ([2], [-0.8]),
+    "layer": ([1, 3], [0.3, 0.9]),
+}
+"""Units and γ of each component of the toy graphs."""
+
 
 def steer_of(site: SteeredSite, scale: float = 1.0) -> Steer:
     """x·(1 + scale·γ·φ(x)) at the site's units, φ = 1 without a predictor."""

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from serving_models import DemoModels
 
 from austeer.adapters import Predictor, Site, SteeredSite, SteeringAdapter, Strength
 
@@ -250,3 +251,8 @@ def use_page(node: str, chromium: str, serve: Callable[[Path], Any]) -> Callable
         return {**json.loads(done.stdout), "url": url}
 
     return use
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
+    return DemoModels(tmp_path_factory.getbasetemp() / "demo-models")

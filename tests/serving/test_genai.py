@@ -17,11 +17,6 @@ NAMES = ("calm", "loud", "keen")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
-    return DemoModels(tmp_path_factory.getbasetemp() / "demo-models")
-
-
-@pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
     packages = [package_folder("onnxruntime_genai")]
     return Script("genai_stream.py", tmp_path_factory.mktemp("blocker"), packages)

@@ -14,11 +14,6 @@ CUDA = "CUDAExecutionProvider"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
-    return DemoModels(tmp_path_factory.getbasetemp() / "demo-models")
-
-
-@pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
     return Script("onnxruntime_gpu_binding.py", tmp_path_factory.mktemp("blocker"))
 

@@ -16,11 +16,6 @@ pytestmark = [pytest.mark.runtimes, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
-    return DemoModels(tmp_path_factory.getbasetemp() / "demo-models")
-
-
-@pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
     return Script("onnxruntime_plain.py", tmp_path_factory.mktemp("blocker"))
 

@@ -10,11 +10,6 @@ pytestmark = [pytest.mark.runtimes, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
-    return DemoModels(tmp_path_factory.getbasetemp() / "demo-models")
-
-
-@pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
     packages = [package_folder("openvino")]
     return Script("openvino_inline.py", tmp_path_factory.mktemp("blocker"), packages)

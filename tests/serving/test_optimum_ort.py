@@ -35,11 +35,6 @@ def python() -> str:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
-    return DemoModels(tmp_path_factory.getbasetemp() / "demo-models")
-
-
-@pytest.fixture(scope="module")
 def script(python: str, tmp_path_factory: pytest.TempPathFactory) -> Script:
     blocker = tmp_path_factory.mktemp("blocker")
     return Script("optimum_ort.py", blocker, python=python, absent=["austeer"])

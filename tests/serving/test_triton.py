@@ -27,11 +27,6 @@ TYPES = {"tensor(float)": "FP32", "tensor(float16)": "FP16", "tensor(int64)": "I
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
-    return DemoModels(tmp_path_factory.getbasetemp() / "demo-models")
-
-
-@pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
     return Script("triton_server/make_repository.py", tmp_path_factory.mktemp("blocker"))
 
