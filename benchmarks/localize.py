@@ -1,13 +1,14 @@
 """What localization costs against a bare batched forward pass over the same strings.
 
-    python benchmarks/localize.py                    # every row, half an hour on one core
+    python benchmarks/localize.py                    # every row, twenty minutes on one core
     python benchmarks/localize.py --rounds 3 --only choice
 
 A round draws new pairs and runs the base and every way of localizing on them, in an order
 that turns from round to round; CPU time of this process, one thread, float32. The base gets
 its tensors ready made: both strings of 8 successive pairs, right-padded. The trial of a
 layout, once a run, is left out. Lengths follow those of real question sets at 4.2 characters
-a token; ids and weights are random. Prints Markdown.
+a token; ids and weights are random. Every round has the same number of distinct tokens, so
+that batches are as full as they are in a long run. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class Lengths:
     median: float
     spread: float
     completion: tuple[int, int]
+
+    def pairs(self, tokens: int) -> int:
+        """About how many pairs have so many distinct tokens."""
+        return max(8, round(tokens / (self.median + sum(self.completion))))
 
     def draw(self, count: int, seed: int) -> list[PairTokens]:
         """Pairs of random ids that differ from the first token of the completion on."""
@@ -172,19 +177,19 @@ def localized(
 
 
 def measure(
-    model: LlamaForCausalLM, lengths: Lengths, pairs: int, rounds: int
+    model: LlamaForCausalLM, lengths: Lengths, size: int, rounds: int
 ) -> dict[str, list[float]]:
     """Ratios of every round, by column.
 
     `tokens` are the distinct ones to all that the base computes, padding and both copies of a
     prompt included; each way is put to the base, `4 : 1` compares components, and scoring is
-    a share of packed localization with all four.
+    a share of packed localization with all four. A round has about `size` distinct tokens.
     """
     figures: dict[str, list[float]] = {
         name: [] for name in ("tokens", *WAYS, "4 : 1", "scoring")
     }
     for turn in range(rounds):
-        tokens = lengths.draw(pairs, turn)
+        tokens = lengths.draw(lengths.pairs(size), turn)
         batches = bare_batches(tokens)
         computed = sum(batch["input_ids"].numel() for batch in batches)
         figures["tokens"].append(sum(pair.size for pair in tokens) / computed)
@@ -253,7 +258,7 @@ def print_memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=48, help="pairs of a round")
+    parser.add_argument("--tokens", type=int, default=6144, help="distinct tokens of a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="sets whose name holds this, or memory")
     parser.add_argument("--peak-memory", type=int, metavar="PAIRS", help=argparse.SUPPRESS)
@@ -272,7 +277,7 @@ def main() -> None:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, float32;",
         end=" ",
     )
-    print(f"{options.rounds} rounds of {options.pairs} pairs, median [least, most]\n")
+    print(f"{options.rounds} rounds of {options.tokens} tokens, median [least, most]\n")
     print(
         "| lengths | target | tokens | "
         + " | ".join((*WAYS, "4 : 1 components", "scoring"))
@@ -281,7 +286,7 @@ def main() -> None:
     print("|---|" + "---|" * (len(WAYS) + 4))
     for name, lengths in SETS.items():
         if options.only in name:
-            figures = measure(model, lengths, options.pairs, options.rounds)
+            figures = measure(model, lengths, options.tokens, options.rounds)
             target = TARGET[name.split(",")[0]]
             print(f"| {name} | {target} | " + " | ".join(cells(figures)) + " |", flush=True)
     if options.only in ("", "memory"):

@@ -73,16 +73,53 @@ class MomentumCounter:
         if self._updates + len(values) > _CARRY_AFTER:
             self._carry()
         self._updates += len(values)
+        parts = []
         for layers in _groups(values):
             positive, negative = (
                 _stacked([values[layer][side] for layer in layers]) for side in (0, 1)
             )
-            signs, sums = _sums(positive, negative, self._compat)
-            where = torch.tensor(layers, device=self.device)
-            self._integers.index_add_(1, where, signs.to(self.device))
-            self._limbs.index_add_(2, where, _limbs(sums.to(self.device)))
-            for layer in layers:
-                self._seen[layer] += positive.shape[1]
+            parts.append(_sums(positive, negative))
+        surplus, least, sums = (
+            torch.cat([x.to(self.device) for x in part], -2)
+            for part in zip(*parts, strict=True)
+        )
+        signs = self._signs(values, surplus, least, sums[2].sqrt())
+        where = torch.tensor(list(values), device=self.device)
+        self._integers.index_add_(1, where, signs)
+        self._limbs.index_add_(2, where, _limbs(sums))
+        for layer, (positive, _) in values.items():
+            self._seen[layer] += len(positive)
+
+    def _signs(
+        self,
+        values: LayerValues,
+        surplus: Float[Tensor, "G D"],
+        least: Float[Tensor, "G D"],
+        largest: Float[Tensor, "G D"],
+    ) -> Int[Tensor, "3 G D"]:
+        """Counts of positive, negative and near ties.
+
+        Comparing costs several times as much as subtracting, and few units have a near tie:
+        only units that may have one are compared.
+
+        Args:
+            values: of all layers.
+            surplus: positives minus negatives of each unit, if it has no tie.
+            least: its smallest difference.
+            largest: no value of it is larger.
+        """
+        pairs = len(next(iter(values.values()))[0])
+        signs = torch.stack((pairs + surplus, pairs - surplus, torch.zeros_like(surplus)))
+        signs = signs.div_(2).long()
+        # 1 % more than the bound of a near tie, for the rounding of differences of 16 bits.
+        near = least <= largest.clamp_(min=1.0).mul_(1.01 * NEAR_TIE)
+        if self._compat is not None:
+            near.fill_(True)
+        layer, unit = near.nonzero().unbind(1)
+        if len(unit):
+            positive, negative = (_columns(values, side, layer, unit) for side in (0, 1))
+            signs[:, layer, unit] = _compared(positive, negative, self._compat)
+        return signs
 
     def merge(self, other: MomentumCounter) -> None:
         """Add the sums over other pairs."""
@@ -160,20 +197,42 @@ def _stacked(layers: Sequence[Float[Tensor, "P D"]]) -> Float[Tensor, "G P D"]:
 
 
 def _sums(
-    positive: Float[Tensor, "G P D"], negative: Float[Tensor, "G P D"], compat: str | None
-) -> tuple[Int[Tensor, "3 G D"], Float[Tensor, "3 G D"]]:
-    """Signs and sums of one group of layers over its P pairs."""
+    positive: Float[Tensor, "G P D"], negative: Float[Tensor, "G P D"]
+) -> tuple[Float[Tensor, "G D"], Float[Tensor, "G D"], Float[Tensor, "3 G D"]]:
+    """Of one group of layers over its P pairs: Σ sign Δ, min |Δ|, and (ΣΔ, Σx, Σx²)."""
     device = _summing_device(positive.device)
     positive, negative = positive.to(device), negative.to(device)
+    # Even the least difference of two floats is a float: none but equal values give zero.
+    difference = positive - negative
+    surplus = difference.sign().sum(1, dtype=torch.float32)
+    least = difference.abs_().amin(1).double()
+    first, second = (side.to(torch.float64, copy=True) for side in (positive, negative))
+    totals = first.sum(1), second.sum(1)
+    squares = first.square_().addcmul_(second, second).sum(1)
+    return surplus, least, torch.stack((totals[0] - totals[1], totals[0] + totals[1], squares))
+
+
+def _columns(
+    values: LayerValues, side: int, rows: Int[Tensor, " U"], units: Int[Tensor, " U"]
+) -> Float[Tensor, "P U"]:
+    """One side's values of `units`, each in the layer that stands at its row of `values`."""
+    counts = torch.bincount(rows, minlength=len(values)).tolist()
+    parts = [
+        both[side].index_select(1, some.to(both[side].device)).to(units.device)
+        for both, some in zip(values.values(), torch.split(units, counts), strict=True)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _compared(
+    positive: Float[Tensor, "P U"], negative: Float[Tensor, "P U"], compat: str | None
+) -> Int[Tensor, "3 U"]:
+    """Counts of positive, negative and near ties, value by value."""
     near = _near_ties(positive, negative)
-    sides = [side.to(torch.float64, copy=True) for side in (positive, negative)]
-    first, second = (side.sum(1) for side in sides)
-    squares = sides[0].square_().sum(1) + sides[1].square_().sum(1)
     if compat == "reference":
         positive, negative = positive.half(), negative.half()
     hits = (positive > negative, positive < negative, near)
-    signs = torch.stack([hit.sum(1, dtype=torch.int32) for hit in hits]).long()
-    return signs, torch.stack((first - second, first + second, squares))
+    return torch.stack([hit.sum(0, dtype=torch.int32) for hit in hits]).long()
 
 
 def _near_ties(positive: Tensor, negative: Tensor) -> Tensor:

@@ -57,6 +57,36 @@ def test_near_ties(x: float, y: float, near: int) -> None:
     assert values(counter(([y], [x])))["near_ties"] == near
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compat", [None, "reference"])
+@pytest.mark.parametrize("pairs", [1, 3, 50])
+def test_signs_are_those_of_each_comparison(
+    dtype: torch.dtype, compat: str | None, pairs: int
+) -> None:
+    """Units with ties, with near ties, with neither, and with the least numbers there are."""
+    made = torch.Generator().manual_seed(pairs)
+    counts = MomentumCounter(3, 40, compat=compat)
+    wanted = np.zeros((3, 3, 40), dtype=np.int64)
+    for _ in range(2):
+        batch: dict[int, tuple[Any, Any]] = {}
+        for layer in (2, 0, 1):
+            x = (torch.randn(pairs, 40, generator=made) * 10.0**layer).to(dtype)
+            y = torch.randn(pairs, 40, generator=made).to(dtype)
+            y[:, :10] = x[:, :10]
+            y[::3, 10:20] = (x[::3, 10:20].double() * (1 + 2e-6)).to(dtype)
+            x[:, 20:25], y[:, 20:25] = torch.finfo(dtype).smallest_normal * 2**-4, 0.0
+            batch[layer] = x, y
+            near = (x.double() - y.double()).abs() <= 1e-5 * torch.maximum(
+                x.double().abs(), y.double().abs()
+            ).clamp(min=1.0)
+            p, n = (x.half(), y.half()) if compat else (x, y)
+            for row, hits in enumerate((p > n, p < n, near)):
+                wanted[row, layer] += hits.sum(0).numpy()
+        counts.update_layers(batch)
+    np.testing.assert_array_equal(counts.state()[0], wanted)
+    assert wanted[2].any() and (wanted[0, :, 25:] + wanted[1, :, 25:]).any()
+
+
 def test_counters_merge_by_addition() -> None:
     first, second = ([1.0, -2.0], [0.0, 4.0]), ([3.0], [3.0])
     merged = counter(first)
