@@ -14,6 +14,7 @@ import torch
 from austeer.adapters._errors import ModelError
 from austeer.adapters._files import read_json
 from austeer.adapters.architectures import architecture_of
+from austeer.adapters.model_directory import model_directory
 from austeer.adapters.tensors import Checkpoint
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ _VOCABULARIES = (
     "spiece.model",
     "tekken.json",
 )
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def load_model(
@@ -110,46 +110,6 @@ def load_tokenizer(
                 f"{folder}: its tokenizer turns text into no tokens; fetch it again"
             )
     return tokenizer
-
-
-def model_directory(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The directory of a model: a local one as it is, or a Hub snapshot (downloaded once).
-
-    Raises:
-        ModelError: neither a directory nor a model on the Hub.
-    """
-    name = str(name_or_path)
-    if name and Path(name).is_dir():
-        return Path(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_local or not name or Path(name).exists():
-        raise ModelError(
-            f"{name or '(empty)'}: expected a model directory, found "
-            f"{'a file' if Path(name).is_file() else 'nothing there'}; check the path"
-        )
-    return _snapshot(name, revision)
-
-
-def _snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(_WANTED),
-                # Subfolders and consolidated files repeat the weights in other formats.
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"{name}: no such directory, and the Hub gave no such model{at} "
-            f"({type(error).__name__}); check the name and the network"
-        ) from error
 
 
 def _check_folder(folder: Path) -> None:

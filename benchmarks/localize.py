@@ -1,6 +1,6 @@
 """What localization costs against a bare batched forward pass over the same strings.
 
-    python benchmarks/localize.py                    # every row, twenty minutes on one core
+    python benchmarks/localize.py                    # every row, a quarter of an hour and memory
     python benchmarks/localize.py --rounds 3 --only choice
 
 A round draws new pairs and runs the base and every way of localizing on them, in an order
@@ -258,7 +258,7 @@ def print_memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=6144, help="distinct tokens of a round")
+    parser.add_argument("--tokens", type=int, default=4608, help="distinct tokens of a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="sets whose name holds this, or memory")
     parser.add_argument("--peak-memory", type=int, metavar="PAIRS", help=argparse.SUPPRESS)

@@ -82,7 +82,7 @@ def describe_in_base(
     from austeer.adapters.analysis.units import analyze_units
     from austeer.adapters.composition.combined import check_fingerprint
     from austeer.adapters.fingerprint import checkpoint_reader
-    from austeer.adapters.loading import model_directory
+    from austeer.adapters.model_directory import model_directory
     from austeer.exporter.merge import open_base
     from austeer.exporter.products import load_base
 

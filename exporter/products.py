@@ -57,8 +57,9 @@ def load_base(options: BaseOptions) -> Base:
     Raises:
         ModelError: no such model, a malformed one, or several processes and a device map.
     """
-    from austeer.adapters.loading import load_model, load_tokenizer, model_directory
+    from austeer.adapters.loading import load_model, load_tokenizer
     from austeer.adapters.localization.distributed import launched_size, local_device
+    from austeer.adapters.model_directory import model_directory
 
     if options.device_map is not None and launched_size() > 1:
         raise ModelError(
@@ -283,7 +284,7 @@ def verify_product(
 
 def _fold_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
     """Fold without a live model, which may be far larger than this machine's memory."""
-    from austeer.adapters.loading import model_directory
+    from austeer.adapters.model_directory import model_directory
     from austeer.exporter.merge import merge_checkpoint
 
     started, handling = time.monotonic(), request.handling

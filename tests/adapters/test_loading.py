@@ -23,7 +23,7 @@ from austeer.adapters import (
     load_tokenizer,
     localize,
 )
-from austeer.adapters.loading import model_directory
+from austeer.adapters.model_directory import model_directory
 
 SaveModel = Callable[..., Path]
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")

@@ -1,0 +1,49 @@
+"""Where a model's files are: a local directory, or a snapshot from the Hub. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from austeer.adapters._errors import ModelError
+
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+def model_directory(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The directory of a model: a local one as it is, or a Hub snapshot (downloaded once).
+
+    Raises:
+        ModelError: neither a directory nor a model on the Hub.
+    """
+    name = str(name_or_path)
+    if name and Path(name).is_dir():
+        return Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local or not name or Path(name).exists():
+        raise ModelError(
+            f"{name or '(empty)'}: expected a model directory, found "
+            f"{'a file' if Path(name).is_file() else 'nothing there'}; check the path"
+        )
+    return _snapshot(name, revision)
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                # Subfolders and consolidated files repeat the weights in other formats.
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"{name}: no such directory, and the Hub gave no such model{at} "
+            f"({type(error).__name__}); check the name and the network"
+        ) from error
