@@ -1,6 +1,6 @@
 """What localization costs against a bare batched forward pass over the same strings.
 
-    python benchmarks/localize.py                    # every row, a quarter of an hour and memory
+    python benchmarks/localize.py                    # all; twenty minutes on one core
     python benchmarks/localize.py --rounds 3 --only choice
 
 A round draws new pairs and runs the base and every way of localizing on them, in an order
