@@ -9,7 +9,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from austeer.adapters._errors import ModelError
 from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, TensorEntry
 
 _BUFFER = 1 << 20
-_RANGE = 1 << 30
+_RANGE = 1 << 28
+_COPIES = 4  # files copied at once
 _SUFFIXES = {".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"}
 _LEGAL = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
 _TEMPLATES = "additional_chat_templates"  # the one subfolder that tokenizers read
@@ -42,11 +44,21 @@ def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """
     sources = sorted([*checkpoint.files, *_companions(checkpoint)])
     names = [source.relative_to(checkpoint.root) for source in sources]
-    for source, name in zip(sources, names, strict=True):
-        target = folder / name
-        target.parent.mkdir(exist_ok=True)
-        copy_file(source, target)
+    targets = [folder / name for name in names]
+    for parent in {target.parent for target in targets}:
+        parent.mkdir(exist_ok=True)
+    _copy_files(sources, targets)
     return [str(name) for name in names]
+
+
+def _copy_files(sources: Sequence[Path], targets: Sequence[Path]) -> None:
+    # The kernel copies with one core for each call.
+    with ThreadPoolExecutor(min(_COPIES, os.cpu_count() or 1)) as pool:
+        try:
+            list(pool.map(copy_file, sources, targets))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def copy_file(source: Path, target: Path) -> None:

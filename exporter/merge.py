@@ -55,7 +55,9 @@ class MergeSummary:
 def merge_checkpoint(
     base: Path, adapter: SteeringAdapter, out: Path, *, scale: float = 1.0, force: bool = False
 ) -> MergeSummary:
-    """Fold `adapter` into a copy of `base`, check its structure, publish it at `out`.
+    """Fold `adapter` into a copy of `base`, check the touched tensors, publish it at `out`.
+
+    Bytes that the kernel copied are not read again; `verify_fold_structure` does that.
 
     Args:
         base: directory with config.json and safetensors weights.
@@ -74,7 +76,7 @@ def merge_checkpoint(
     """
     with publish_directory(out) as work:
         summary = write_folded(base, adapter, work, scale=scale, force=force)
-        verify_fold_structure(base, work, adapter, scale)
+        verify_fold_structure(base, work, adapter, scale, touched_only=True)
     return dataclasses.replace(summary, path=Path(out))
 
 

@@ -63,6 +63,20 @@ def test_accepts_a_fold_within_one_rounding(
     assert not out.exists()
 
 
+def test_a_site_without_an_effect_is_the_same_bytes(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    adapter = SteeringAdapter.from_units(model, "attention", [0, 1], [3, 4], [0.0, -2.0])
+    (tmp_path / "out").mkdir()
+    write_folded(tmp_path / "base", adapter, tmp_path / "out")
+    report = verify_fold_structure(
+        tmp_path / "base", tmp_path / "out", adapter, touched_only=True
+    )
+    assert len(report.touched) == 2 and report.identical == 0
+
+
 def test_another_scale_is_seen(folded: tuple[Path, Path, SteeringAdapter]) -> None:
     base, out, adapter = folded
     with pytest.raises(VerificationError, match=f"{ROW} is not the base times its gains"):
