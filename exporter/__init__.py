@@ -11,10 +11,16 @@ from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, Run
 if TYPE_CHECKING:
     from austeer.exporter.graft import GraftRequest, graft_job
     from austeer.exporter.merge import MergeSummary, merge_checkpoint
+    from austeer.exporter.peft_export import PeftSummary, convert_peft
     from austeer.exporter.products import Export, export_product, verify_product
     from austeer.exporter.run import RunReport, fit_job, run_job
     from austeer.exporter.stages import localize_job
-    from austeer.exporter.verify import ParityReport, verify_checkpoint, verify_onnx
+    from austeer.exporter.verify import (
+        ParityReport,
+        verify_checkpoint,
+        verify_onnx,
+        verify_peft,
+    )
 
 __all__ = [
     "BaseOptions",
@@ -23,10 +29,12 @@ __all__ = [
     "Handling",
     "MergeSummary",
     "ParityReport",
+    "PeftSummary",
     "ProductRequest",
     "Route",
     "RunOptions",
     "RunReport",
+    "convert_peft",
     "export_product",
     "fit_job",
     "graft_job",
@@ -35,6 +43,7 @@ __all__ = [
     "run_job",
     "verify_checkpoint",
     "verify_onnx",
+    "verify_peft",
     "verify_product",
 ]
 
@@ -44,7 +53,9 @@ _LAZY = {
     "GraftRequest": "austeer.exporter.graft",
     "MergeSummary": "austeer.exporter.merge",
     "ParityReport": "austeer.exporter.verify",
+    "PeftSummary": "austeer.exporter.peft_export",
     "RunReport": "austeer.exporter.run",
+    "convert_peft": "austeer.exporter.peft_export",
     "export_product": "austeer.exporter.products",
     "fit_job": "austeer.exporter.run",
     "graft_job": "austeer.exporter.graft",
@@ -53,6 +64,7 @@ _LAZY = {
     "run_job": "austeer.exporter.run",
     "verify_checkpoint": "austeer.exporter.verify",
     "verify_onnx": "austeer.exporter.verify",
+    "verify_peft": "austeer.exporter.verify",
     "verify_product": "austeer.exporter.products",
 }
 

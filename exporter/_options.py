@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from austeer.adapters.sites import Component
+from austeer.exporter.routes import Route
 from austeer.exporter.settings import BaseOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -29,6 +30,9 @@ out_option = click.option(
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
+)
+peft_route_option = click.option(
+    "--as", "route", required=True, type=click.Choice([r.value for r in Route if r.is_peft])
 )
 base_options = together(
     click.option("--device", default="cpu", show_default=True, help="Torch device."),

@@ -29,6 +29,7 @@ from austeer.exporter._options import (
     localize_options,
     no_verify_option,
     out_option,
+    peft_route_option,
     steering_options,
     strength_input_options,
 )
@@ -41,7 +42,7 @@ from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, Run
 @click.group(cls=TranslatingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="austeer")
 def cli() -> None:
-    """Compile activation steering into plain checkpoints and ONNX models.
+    """Compile activation steering into plain checkpoints, ONNX models and PEFT adapters.
 
     MODEL is a local directory or a Hub id. PAIRS is JSONL or CSV with prompt (or chat
     messages), positive and negative; Parquet and Hub datasets with the [data] extra.
@@ -180,6 +181,20 @@ def merge(as_json: bool, **options: Any) -> None:
 def onnx(as_json: bool, **options: Any) -> None:
     """Export MODEL steered by ADAPTER to ONNX, with a KV cache."""
     _export(Route.ONNX, options, as_json)
+
+
+@cli.command()
+@click.argument("adapter")
+@click.argument("model")
+@peft_route_option
+@out_option
+@steering_options
+@no_verify_option
+@base_options
+@json_option
+def peft(as_json: bool, route: str, **options: Any) -> None:
+    """Convert ADAPTER into a LoRA or an IA3 for MODEL that stock peft loads; exact."""
+    _export(Route(route), options, as_json)
 
 
 @cli.command()

@@ -22,6 +22,7 @@ PACKAGES = (
     "optimum",
     "optimum-onnx",
     "datasets",
+    "peft",
     "numpy",
 )
 _TRANSFORMERS = ((4, 57), (6, 0))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ from austeer.adapters._files import check_output_free, publish_directory
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
-from austeer.exporter.routes import Route, check_routes, route_of
+from austeer.exporter.route_steps import prove_product, write_product
+from austeer.exporter.routes import Route, check_installed, check_routes, route_of
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest
 
 if TYPE_CHECKING:
@@ -82,20 +82,6 @@ def load_base(options: BaseOptions) -> Base:
     return Base(model, tokenizer, folder)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars off stderr."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def verification_prompts(pairs: Sequence[ContrastivePair]) -> list[str]:
     """Prompts with the positive completion, spread over the file, and neutral text."""
     step = max(1, len(pairs) // _VERIFIED_PAIRS)
@@ -117,61 +103,6 @@ def check_base(base: Base, adapter: SteeringAdapter, handling: Handling) -> Hand
 
     open_base(base.folder, adapter, force=handling.force)
     return dataclasses.replace(handling, force=True)
-
-
-def write_product(
-    route: Route, base: Base, adapter: SteeringAdapter, folder: Path, handling: Handling
-) -> None:
-    """Write the product's files into an existing directory.
-
-    Raises:
-        RouteError: the adapter cannot take this route.
-        AdapterError: the adapter is for another base.
-    """
-    scale, force = handling.scale, handling.force
-    if route is Route.ONNX:
-        from austeer.exporter.onnx_export import write_onnx
-
-        write_onnx(
-            base.model,
-            base.tokenizer,
-            adapter,
-            folder,
-            scale=scale,
-            scale_as=handling.scale_as,
-            force=force,
-        )
-    else:
-        from austeer.exporter.merge import write_folded
-
-        write_folded(base.folder, adapter, folder, scale=scale, force=force)
-
-
-def prove_product(
-    route: Route,
-    base: Base,
-    adapter: SteeringAdapter,
-    folder: Path,
-    prompts: Sequence[str],
-    handling: Handling,
-) -> ParityReport:
-    """Reload the product from disk and compare it with the attached model.
-
-    Raises:
-        VerificationError: it does not load, or its weights are not the fold of the base's.
-    """
-    from austeer.exporter.verify import verify_checkpoint, verify_fold_structure, verify_onnx
-
-    model, tokenizer = base.model, base.tokenizer
-    options: dict[str, Any] = {"scale": handling.scale, "force": handling.force}
-    with quiet_transformers():
-        if route is Route.ONNX:
-            parity = verify_onnx(folder, model, tokenizer, adapter, prompts, **options)
-        else:
-            verify_fold_structure(base.folder, folder, adapter, handling.scale)
-            options["trust_remote_code"] = handling.trust_remote_code
-            parity = verify_checkpoint(folder, model, tokenizer, adapter, prompts, **options)
-    return parity
 
 
 def make_product(
@@ -228,10 +159,15 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
     """
     check_output_free(request.out)
     adapter = SteeringAdapter.from_pretrained(request.adapter)
-    check_routes([request.route], adapter.config.strength, adapter.config.components)
+    check_routes(
+        [request.route],
+        adapter.config.strength,
+        adapter.config.components,
+        verify=request.handling.verify,
+    )
     pairs = read_pairs(request.pairs) if request.pairs else []
     if request.route.folds and not request.handling.verify:
-        return _fold_unverified(request, adapter)
+        return _export_unverified(request, adapter)
     progress("load the base model", 0, 1)
     base = load_base(request.base)
     progress("load the base model", 1, 1)
@@ -269,6 +205,7 @@ def verify_product(
         scale=scale, force=force, trust_remote_code=base_options.trust_remote_code
     )
     route = route_of(product)
+    check_installed(route)
     adapter = SteeringAdapter.from_pretrained(adapter_name)
     pairs = read_pairs(pairs_file) if pairs_file else []
     started = time.monotonic()
@@ -282,17 +219,20 @@ def verify_product(
     return Export(route, product, _row(route, str(product), parity, started))
 
 
-def _fold_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
-    """Fold without a live model, which may be far larger than this machine's memory."""
+def _export_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
+    """Without a live model, which may be far larger than this machine's memory."""
     from austeer.adapters.model_directory import model_directory
     from austeer.exporter.merge import merge_checkpoint
+    from austeer.exporter.peft_export import convert_peft
 
-    started, handling = time.monotonic(), request.handling
+    started, route, out = time.monotonic(), request.route, request.out
     folder = model_directory(request.base.model, request.base.revision)
-    merge_checkpoint(folder, adapter, request.out, scale=handling.scale, force=handling.force)
-    return Export(
-        request.route, request.out, _row(request.route, str(request.out), None, started)
-    )
+    scale, force = request.handling.scale, request.handling.force
+    if route.is_peft:
+        convert_peft(folder, adapter, out, route=route, scale=scale, force=force)
+    else:
+        merge_checkpoint(folder, adapter, out, scale=scale, force=force)
+    return Export(route, out, _row(route, str(out), None, started))
 
 
 def _row(

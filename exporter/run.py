@@ -24,8 +24,10 @@ from austeer.adapters.measurement.measure import make_splits
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.describe import beta_ranges
+from austeer.exporter.peft_export import check_lora_base
 from austeer.exporter.products import load_base, make_product, verification_prompts
 from austeer.exporter.report import build_report, write_report
+from austeer.exporter.routes import Route
 from austeer.exporter.samples import before_and_after
 from austeer.exporter.settings import Handling, RunOptions
 from austeer.exporter.stages import load_ranking, read_texts
@@ -100,6 +102,8 @@ class _Job:
         self._texts = read_texts(options.neutral_text)
         with self._stage("load"):
             self._base = load_base(options.base)
+        if Route.LORA in options.routes:
+            check_lora_base(self._base.folder, options.candidates)
         self._pairs = render_pairs(self._pairs, self._base.tokenizer)
         self._test = render_pairs(self._test, self._base.tokenizer) if self._test else None
 

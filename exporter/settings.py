@@ -15,6 +15,7 @@ from austeer.adapters.sites import Component
 from austeer.exporter.routes import (
     Route,
     candidate_components,
+    check_mixture,
     check_routes,
     resolve_strength,
 )
@@ -191,3 +192,4 @@ class RunOptions:
         """
         check_output_free(self.out)
         check_routes(self.routes, self.resolved_strength, self.components)
+        check_mixture(self.routes, self.components)

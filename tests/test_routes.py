@@ -6,6 +6,7 @@ out, too: nothing of ours takes part in it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from austeer.adapters import SteeringAdapter
+from austeer.adapters import RouteError, SteeringAdapter
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.merge import merge_checkpoint
+from austeer.exporter.peft_export import convert_peft
+from austeer.exporter.routes import Route as Product
 
 Run = Callable[[Tensor], Tensor]
 Route = Callable[[Path, Any, SteeringAdapter, Path], Run]
@@ -125,9 +128,38 @@ def attach(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
     return run
 
 
+def peft(product: Product) -> Route:
+    """Converted into a PEFT adapter, loaded by stock peft onto a copy of the live model."""
+
+    def convert(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
+        from peft import PeftModel
+
+        convert_peft(base, adapter, out, route=product)
+        return logits_of(PeftModel.from_pretrained(copy.deepcopy(model), str(out)).eval())
+
+    return convert
+
+
+lora, ia3 = peft(Product.LORA), peft(Product.IA3)
+
+
+def refusal(route: Route, model_type: str, components: tuple[str, ...]) -> str | None:
+    """What a route says that cannot take these components, None where it can."""
+    if route is lora and "ffn" in components and model_type in ("gpt2", "gpt_neox"):
+        return "its projection adds a bias"
+    if route is ia3 and {"ffn", "neuron"} <= set(components):
+        return "neuron is steered there, too"
+    return None
+
+
 # Routes that take every dtype. A route is (base folder, live float32 model, adapter, empty
 # place for its output) -> ids -> float32 logits.
-ROUTES = [pytest.param(attach, id="attach"), pytest.param(fold, id="fold")]
+ROUTES = [
+    pytest.param(attach, id="attach"),
+    pytest.param(fold, id="fold"),
+    pytest.param(lora, id="lora"),
+    pytest.param(ia3, id="ia3"),
+]
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -147,11 +179,15 @@ def test_route_equals_the_truth(
     ids = prompts()
     with truth_hooks(model, component):
         truth = logits_of(model)(ids)
+    if reason := refusal(route, model_type, (component,)):
+        with pytest.raises(RouteError, match=reason):
+            route(base, model, adapter, tmp_path / "out")
+        return
     got = route(base, model, adapter, tmp_path / "out")(ids)
 
     size = float(truth.abs().max())
-    # The stored weights are rounded once; the live model computes in float32 throughout.
-    rounding = ROUNDING[dtype] if route is not attach else 0.0
+    # A fold rounds the stored weights once; all else computes in float32 throughout.
+    rounding = ROUNDING[dtype] if route is fold else 0.0
     tolerance = (SCALE_OF_FLOAT32 + rounding) * size
     assert float((got - truth).abs().max()) <= tolerance
     effect = float((got - logits_of(model)(ids)).abs().max())
@@ -215,8 +251,9 @@ def test_folded_weights_are_the_scaled_weights_bit_for_bit(
 
 @pytest.mark.parametrize("pair", [("attention", "neuron"), ("ffn", "neuron")])
 @pytest.mark.parametrize("model_type", PATHS)
+@pytest.mark.parametrize("route", ROUTES[1:])
 def test_two_components_compose(
-    bases: Any, tmp_path: Path, model_type: str, pair: tuple[str, str]
+    bases: Any, tmp_path: Path, route: Route, model_type: str, pair: tuple[str, str]
 ) -> None:
     base, model = bases(model_type, torch.float32)
     parts = [SteeringAdapter.from_units(model, c, LAYERS, UNITS, GAMMA) for c in pair]
@@ -225,7 +262,11 @@ def test_two_components_compose(
     ids = prompts()
     with truth_hooks(model, pair[0]), truth_hooks(model, pair[1]):
         truth = logits_of(model)(ids)
-    got = fold(base, model, adapter, tmp_path / "out")(ids)
+    if reason := refusal(route, model_type, pair):
+        with pytest.raises(RouteError, match=reason):
+            route(base, model, adapter, tmp_path / "out")
+        return
+    got = route(base, model, adapter, tmp_path / "out")(ids)
     tolerance = SCALE_OF_FLOAT32 * float(truth.abs().max())
     assert float((got - truth).abs().max()) <= tolerance
 

@@ -57,7 +57,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "localize", "fit", "merge", "onnx", "verify", "show", "doctor"]
+    "command", ["run", "localize", "fit", "merge", "onnx", "peft", "verify", "show", "doctor"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     assert "Usage:" in invoke(command, "--help").stdout

@@ -1,0 +1,286 @@
+"""Writes an adapter as a stock PEFT adapter: LoRA or IA3, exact, no code of ours to load it.
+
+Neither torch nor peft takes part in it; memory is that of one weight of the base and of the
+result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from austeer.adapters._errors import RouteError
+from austeer.adapters._files import publish_directory, write_json
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import Architecture, architecture_of
+from austeer.adapters.card import model_card
+from austeer.adapters.sites import Component, Site
+from austeer.adapters.tensors import Checkpoint, Tensors, write_tensors
+from austeer.exporter.merge import open_base, read_model_config
+from austeer.exporter.peft_plan import PeftPlan, ia3_vector, lora_factors, plan_peft
+from austeer.exporter.plan import describe_refusals
+from austeer.exporter.routes import Route
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_NAMES = {Route.LORA: "a LoRA", Route.IA3: "an IA3"}
+
+
+@dataclass(frozen=True, slots=True)
+class PeftSummary:
+    """What a conversion wrote.
+
+    Attributes:
+        path: the folder.
+        files: names of its files.
+        route: `lora` or `ia3`.
+        modules: paths of the steered modules.
+        units: number of steered units.
+        rank: rank of the LoRA, 0 for an IA3.
+        scale: factor on every γ.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    route: Route
+    modules: tuple[str, ...]
+    units: int
+    rank: int
+    scale: float
+
+    def summary(self) -> str:
+        """One line for people."""
+        rank = f" of rank {self.rank}" if self.rank else ""
+        return (
+            f"{self.path}: {self.units} units as {_NAMES[self.route]}{rank} "
+            f"on {len(self.modules)} modules"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values for machines."""
+        return {**dataclasses.asdict(self), "path": str(self.path), "route": self.route.value}
+
+
+def convert_peft(
+    base: Path,
+    adapter: SteeringAdapter,
+    out: Path,
+    *,
+    route: Route,
+    scale: float = 1.0,
+    force: bool = False,
+) -> PeftSummary:
+    """Convert `adapter` into a PEFT adapter for `base` and publish it at `out`.
+
+    Args:
+        base: directory with config.json and safetensors weights.
+        adapter: constant gains at attention, ffn or neuron sites.
+        out: new or empty directory.
+        route: `Route.LORA` or `Route.IA3`.
+        scale: factor on every γ.
+        force: accept a base with another fingerprint.
+
+    Raises:
+        RouteError: the adapter cannot take this route, or would change nothing.
+        ModelError: `base` is malformed.
+        AdapterError: the adapter belongs to another base.
+        SiteError: a unit or layer that the base does not have.
+        OutputError: `out` is taken or cannot be written.
+    """
+    with publish_directory(out) as work:
+        summary = write_peft(base, adapter, work, route=route, scale=scale, force=force)
+    return dataclasses.replace(summary, path=Path(out))
+
+
+def write_peft(
+    base: Path,
+    adapter: SteeringAdapter,
+    folder: Path,
+    *,
+    route: Route,
+    scale: float = 1.0,
+    force: bool = False,
+) -> PeftSummary:
+    """Write the PEFT adapter into `folder`, an existing empty directory.
+
+    Arguments and errors as in `convert_peft`; nothing is published.
+    """
+    if route not in _NAMES:
+        raise RouteError(f"route {route}: expected lora or ia3")
+    _refuse_quantized(base)
+    checkpoint = open_base(base, adapter, force=force)
+    plan = plan_peft(adapter, checkpoint, route, scale)
+    if not isinstance(plan, PeftPlan):
+        raise RouteError(
+            f"this adapter cannot become {_NAMES[route]}: {describe_refusals(plan)}"
+        )
+    if route is Route.LORA:
+        config, tensors = _lora(adapter, checkpoint, plan)
+    else:
+        config, tensors = _ia3(adapter, checkpoint, plan)
+    if not _changes_anything(tensors):
+        raise RouteError(
+            f"{_NAMES[route]} at scale {scale:g} would change no activation: every gain is 1; "
+            "raise the scale"
+        )
+    write_json(folder / CONFIG, _common_config(adapter) | config)
+    # The metadata is what torch's loaders look for before they read a file.
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    card = model_card(adapter.config, "adapter", "peft", _usage(adapter, route, plan, scale))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    units = sum(len(steered.index) for steered in adapter.sites)
+    rank = plan.rank if route is Route.LORA else 0
+    files = ("README.md", CONFIG, WEIGHTS)
+    return PeftSummary(folder, files, route, tuple(plan.modules), units, rank, scale)
+
+
+def check_lora_base(base: Path, components: Iterable[Component]) -> None:
+    """Refuse, before anything is fitted, components that no LoRA of this base can hold.
+
+    Raises:
+        RouteError: `ffn` where the MLP's last projection has a bias.
+        ModelError: `base` is malformed.
+    """
+    if Component.FFN not in components:
+        return
+    architecture = architecture_of(read_model_config(base).get("model_type"))
+    bias = f"{architecture.projection(Site(0, Component.FFN))}.bias"
+    if Checkpoint(base).find(architecture.disk_names(bias)) is not None:
+        raise RouteError(
+            f"route lora: component ffn: {bias} must be scaled with the output, which a LoRA "
+            "cannot; leave ffn out, or take route ia3 or safetensors"
+        )
+
+
+def _refuse_quantized(base: Path) -> None:
+    if read_model_config(base).get("quantization_config"):
+        raise RouteError(
+            f"{base}: its weights are quantized, the adapter's are not; convert for the "
+            "unquantized model, peft loads the result onto a quantized copy as well"
+        )
+
+
+def _changes_anything(tensors: Tensors) -> bool:
+    neutral = {"lora_B.weight": 0.0, "ia3_l": 1.0}
+    return any(
+        (values != value).any()
+        for name, values in tensors.items()
+        for end, value in neutral.items()
+        if name.endswith(end)
+    )
+
+
+def _common_config(adapter: SteeringAdapter) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": adapter.config.base_model_name_or_path,
+        "fan_in_fan_out": adapter.architecture.transposed,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "revision": adapter.config.revision,
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _lora(
+    adapter: SteeringAdapter, checkpoint: Checkpoint, plan: PeftPlan
+) -> tuple[dict[str, Any], Tensors]:
+    """Config and tensors; modules that the config's short names match besides get zeros."""
+    architecture, rank = adapter.architecture, plan.rank
+    tensors: Tensors = {}
+    for module in _matched(adapter):
+        weight = f"{module}.weight"
+        entry = checkpoint.find(architecture.disk_names(weight))
+        if entry is None:
+            raise RouteError(f"{weight} is not in the checkpoint; is it the adapter's base?")
+        if module in plan.modules:
+            stored = entry.read()
+            rows = stored.T if architecture.transposed else stored
+            A, B = lora_factors(rows, plan.modules[module], rank)
+        else:
+            d_in, d_out = entry.shape if architecture.transposed else entry.shape[::-1]
+            A = np.zeros((rank, d_in), np.float32)
+            B = np.zeros((d_out, rank), np.float32)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B
+    config = {
+        "bias": "none",
+        "init_lora_weights": True,
+        "layers_to_transform": sorted({steered.site.layer for steered in adapter.sites}),
+        # B @ A is the whole difference: its factor lora_alpha / r must be 1.
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(_short_names(adapter)),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return config, tensors
+
+
+def _ia3(
+    adapter: SteeringAdapter, checkpoint: Checkpoint, plan: PeftPlan
+) -> tuple[dict[str, Any], Tensors]:
+    """Config and tensors; full names, because an IA3 config cannot choose layers."""
+    tensors: Tensors = {}
+    for module, gains in plan.modules.items():
+        shape = checkpoint[gains.weight].shape
+        d_in, d_out = shape if adapter.architecture.transposed else shape[::-1]
+        name = f"base_model.model.{module}.ia3_l"
+        if gains.input is not None:
+            tensors[name] = ia3_vector(d_in, gains.input)[None]
+        elif gains.output is not None:
+            tensors[name] = ia3_vector(d_out, gains.output)[:, None]
+    config = {
+        "feedforward_modules": sorted(
+            module for module, gains in plan.modules.items() if gains.input is not None
+        ),
+        "init_ia3_weights": True,
+        "peft_type": "IA3",
+        "target_modules": sorted(plan.modules),
+    }
+    return config, tensors
+
+
+def _short_names(adapter: SteeringAdapter) -> set[str]:
+    """Names that match a steered kind of module in every layer, as serving runtimes want them.
+
+    The last part of the path, such as `down_proj`; more of it where both kinds end alike.
+    """
+    return {_short(adapter.architecture, steered.site.component) for steered in adapter.sites}
+
+
+def _short(architecture: Architecture, component: Component) -> str:
+    paths = (architecture.attention, architecture.mlp)
+    own = paths[0] if component is Component.ATTENTION else paths[1]
+    last = [path.rpartition(".")[2] for path in paths]
+    return own if last[0] == last[1] else own.rpartition(".")[2]
+
+
+def _matched(adapter: SteeringAdapter) -> Iterator[str]:
+    """Every module that the short names match in the steered layers."""
+    layers = sorted({steered.site.layer for steered in adapter.sites})
+    components = sorted({steered.site.component for steered in adapter.sites})
+    modules = (adapter.architecture.projection(Site(i, c)) for i in layers for c in components)
+    yield from dict.fromkeys(modules)
+
+
+def _usage(adapter: SteeringAdapter, route: Route, plan: PeftPlan, scale: float) -> str:
+    name = adapter.config.base_model_name_or_path
+    notes = "" if scale == 1.0 else f"\n\nConverted at {scale:g} times the fitted strength."
+    if route is Route.LORA:
+        notes += f"\n\nRank {plan.rank}: vLLM needs `--max-lora-rank` of at least that."
+    return f"""The steering is {_NAMES[route]}, exact on the unchanged base.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({name!r})
+model = PeftModel.from_pretrained(base, "this/adapter")
+```{notes}"""
