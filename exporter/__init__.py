@@ -9,12 +9,18 @@ from austeer.exporter.routes import Route
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, RunOptions
 
 if TYPE_CHECKING:
+    from austeer.exporter.code_export import export_code
     from austeer.exporter.graft import GraftRequest, graft_job
     from austeer.exporter.merge import MergeSummary, merge_checkpoint
     from austeer.exporter.products import Export, export_product, verify_product
     from austeer.exporter.run import RunReport, fit_job, run_job
     from austeer.exporter.stages import localize_job
-    from austeer.exporter.verify import ParityReport, verify_checkpoint, verify_onnx
+    from austeer.exporter.verify import (
+        ParityReport,
+        verify_checkpoint,
+        verify_code,
+        verify_onnx,
+    )
 
 __all__ = [
     "BaseOptions",
@@ -27,6 +33,7 @@ __all__ = [
     "Route",
     "RunOptions",
     "RunReport",
+    "export_code",
     "export_product",
     "fit_job",
     "graft_job",
@@ -34,6 +41,7 @@ __all__ = [
     "merge_checkpoint",
     "run_job",
     "verify_checkpoint",
+    "verify_code",
     "verify_onnx",
     "verify_product",
 ]
@@ -45,6 +53,7 @@ _LAZY = {
     "MergeSummary": "austeer.exporter.merge",
     "ParityReport": "austeer.exporter.verify",
     "RunReport": "austeer.exporter.run",
+    "export_code": "austeer.exporter.code_export",
     "export_product": "austeer.exporter.products",
     "fit_job": "austeer.exporter.run",
     "graft_job": "austeer.exporter.graft",
@@ -52,6 +61,7 @@ _LAZY = {
     "merge_checkpoint": "austeer.exporter.merge",
     "run_job": "austeer.exporter.run",
     "verify_checkpoint": "austeer.exporter.verify",
+    "verify_code": "austeer.exporter.verify",
     "verify_onnx": "austeer.exporter.verify",
     "verify_product": "austeer.exporter.products",
 }

@@ -68,7 +68,7 @@ def verify_fold_structure(
         raise VerificationError(f"{folder}/config.json: differs from the base's")
     gains = dict(_gains(adapter, before, scale))
     for name in sorted(set(before) - set(gains)):
-        if not _same_bytes(before[name], after[name]):
+        if not same_bytes(before[name], after[name]):
             raise VerificationError(
                 f"{folder}: {name} differs from the base, the adapter does not touch it"
             )
@@ -162,7 +162,8 @@ def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> None:
         )
 
 
-def _same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
+def same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
+    """Whether two stored tensors of one size have the same bytes; memory for a chunk."""
     with before.file.open("rb") as first, after.file.open("rb") as second:
         first.seek(before.start)
         second.seek(after.start)

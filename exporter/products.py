@@ -140,6 +140,10 @@ def write_product(
             scale_as=handling.scale_as,
             force=force,
         )
+    elif route is Route.CODE:
+        from austeer.exporter.code_export import write_code
+
+        write_code(base.folder, adapter, folder, scale=scale, force=force)
     else:
         from austeer.exporter.merge import write_folded
 
@@ -157,20 +161,21 @@ def prove_product(
     """Reload the product from disk and compare it with the attached model.
 
     Raises:
-        VerificationError: it does not load, or its weights are not the fold of the base's.
+        VerificationError: it does not load, or its files are not made of the base's.
     """
-    from austeer.exporter.verify import verify_checkpoint, verify_fold_structure, verify_onnx
+    from austeer.exporter import verify
 
     model, tokenizer = base.model, base.tokenizer
     options: dict[str, Any] = {"scale": handling.scale, "force": handling.force}
     with quiet_transformers():
         if route is Route.ONNX:
-            parity = verify_onnx(folder, model, tokenizer, adapter, prompts, **options)
-        else:
-            verify_fold_structure(base.folder, folder, adapter, handling.scale)
-            options["trust_remote_code"] = handling.trust_remote_code
-            parity = verify_checkpoint(folder, model, tokenizer, adapter, prompts, **options)
-    return parity
+            return verify.verify_onnx(folder, model, tokenizer, adapter, prompts, **options)
+        options["trust_remote_code"] = handling.trust_remote_code
+        if route is Route.CODE:
+            verify.verify_code_structure(base.folder, folder, adapter, handling.scale)
+            return verify.verify_code(folder, model, tokenizer, adapter, prompts, **options)
+        verify.verify_fold_structure(base.folder, folder, adapter, handling.scale)
+        return verify.verify_checkpoint(folder, model, tokenizer, adapter, prompts, **options)
 
 
 def make_product(
@@ -229,8 +234,8 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
     adapter = SteeringAdapter.from_pretrained(request.adapter)
     check_routes([request.route], adapter.config.strength, adapter.config.components)
     pairs = read_pairs(request.pairs) if request.pairs else []
-    if request.route.folds and not request.handling.verify:
-        return _fold_unverified(request, adapter)
+    if request.route is not Route.ONNX and not request.handling.verify:
+        return _write_unverified(request, adapter)
     progress("load the base model", 0, 1)
     base = load_base(request.base)
     progress("load the base model", 1, 1)
@@ -281,14 +286,16 @@ def verify_product(
     return Export(route, product, _row(route, str(product), parity, started))
 
 
-def _fold_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
-    """Fold without a live model, which may be far larger than this machine's memory."""
+def _write_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
+    """Write without a live model, which may be far larger than this machine's memory."""
     from austeer.adapters.loading import model_directory
+    from austeer.exporter.code_export import export_code
     from austeer.exporter.merge import merge_checkpoint
 
     started, handling = time.monotonic(), request.handling
     folder = model_directory(request.base.model, request.base.revision)
-    merge_checkpoint(folder, adapter, request.out, scale=handling.scale, force=handling.force)
+    write: Any = export_code if request.route is Route.CODE else merge_checkpoint
+    write(folder, adapter, request.out, scale=handling.scale, force=handling.force)
     return Export(
         request.route, request.out, _row(request.route, str(request.out), None, started)
     )

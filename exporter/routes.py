@@ -10,6 +10,7 @@ from pathlib import Path
 from austeer.adapters._errors import RouteError
 from austeer.adapters.config import Strength
 from austeer.adapters.sites import Component
+from austeer.adapters.steered_format import is_steered
 from austeer.adapters.tensors import INDEX, SINGLE
 
 
@@ -20,6 +21,8 @@ class Route(StrEnum):
     """A plain checkpoint with the gains folded into its weights."""
     ONNX = "onnx"
     """An ONNX model with an op at each steered site."""
+    CODE = "code"
+    """The base's weights, the adapter's tensors and a modelling file that steers."""
 
     @property
     def folds(self) -> bool:
@@ -57,13 +60,15 @@ def check_routes(
         if route.folds and not strength.foldable:
             raise RouteError(
                 f"route {route}: strength {strength} depends on the input, no weight can "
-                "absorb it; take strength fitted, or route onnx alone"
+                "absorb it; take strength fitted, or routes onnx and code alone "
+                "(merge --code)"
             )
         for component in components:
             if route.folds and not component.foldable:
                 raise RouteError(
                     f"route {route}: component {component} lies behind the residual add, no "
-                    "weight can absorb a gain there; leave it out, or take route onnx alone"
+                    "weight can absorb a gain there; leave it out, or take routes onnx and "
+                    "code alone (merge --code)"
                 )
         _check_installed(route)
 
@@ -86,7 +91,9 @@ def route_of(product: Path) -> Route:
             f"{'both' if graph else 'neither'}; name the product directory itself, "
             "such as OUT/safetensors or OUT/onnx"
         )
-    return Route.ONNX if graph else Route.SAFETENSORS
+    if graph:
+        return Route.ONNX
+    return Route.CODE if is_steered(product) else Route.SAFETENSORS
 
 
 def _check_installed(route: Route) -> None:

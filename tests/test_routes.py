@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from austeer.adapters import SteeringAdapter
 from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.code_export import export_code
 from austeer.exporter.merge import merge_checkpoint
 
 Run = Callable[[Tensor], Tensor]
@@ -115,6 +116,22 @@ def fold(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
     return logits_of(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
 
 
+@pytest.fixture(autouse=True)
+def _private(code_cache: Path) -> None:
+    """Products with code leave it in a temporary folder."""
+
+
+def with_code(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
+    """A steered checkpoint with code, reloaded as its users do."""
+    from transformers import AutoModelForCausalLM
+
+    export_code(base, adapter, out)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, trust_remote_code=True
+    )
+    return logits_of(loaded.eval())
+
+
 def attach(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
     """Attached to the live model."""
 
@@ -127,7 +144,11 @@ def attach(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
 
 # Routes that take every dtype. A route is (base folder, live float32 model, adapter, empty
 # place for its output) -> ids -> float32 logits.
-ROUTES = [pytest.param(attach, id="attach"), pytest.param(fold, id="fold")]
+ROUTES = [
+    pytest.param(attach, id="attach"),
+    pytest.param(fold, id="fold"),
+    pytest.param(with_code, id="code"),
+]
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -150,8 +171,8 @@ def test_route_equals_the_truth(
     got = route(base, model, adapter, tmp_path / "out")(ids)
 
     size = float(truth.abs().max())
-    # The stored weights are rounded once; the live model computes in float32 throughout.
-    rounding = ROUNDING[dtype] if route is not attach else 0.0
+    # Folded weights are rounded once; the other routes leave the stored ones as they are.
+    rounding = ROUNDING[dtype] if route is fold else 0.0
     tolerance = (SCALE_OF_FLOAT32 + rounding) * size
     assert float((got - truth).abs().max()) <= tolerance
     effect = float((got - logits_of(model)(ids)).abs().max())
