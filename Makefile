@@ -9,7 +9,8 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # behind them; graphs and kernels.
 TESTS_4_57 := $(addprefix tests/adapters/, activations localization measurement fitting \
 	composition analysis test_loading.py test_attach.py test_fingerprint.py) \
-	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/test_routes.py \
+	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/exporter/test_code_export.py \
+	tests/adapters/test_modeling_austeer.py tests/test_routes.py \
 	tests/test_foreign_graphs.py tests/serving/test_optimum_ort.py tests/graphs
 TESTS_SERVING := tests/serving tests/test_foreign_graphs.py
 # Its random models have other weights, on which the small fits of test_fit need not succeed.

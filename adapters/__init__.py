@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from austeer.adapters.analysis.units import UnitAnalysis, UnitEffect, analyze_units
     from austeer.adapters.composition.budget import combine_within_budget
     from austeer.adapters.fitting.fit import fit_strength
-    from austeer.adapters.loading import load_model, load_tokenizer
+    from austeer.adapters.loading import load_model, load_steered, load_tokenizer
     from austeer.adapters.localization.run import Ranking, localize
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "combine_within_budget",
     "fit_strength",
     "load_model",
+    "load_steered",
     "load_tokenizer",
     "localize",
     "overlaps",
@@ -97,6 +98,7 @@ _LAZY = {
     "combine_within_budget": "austeer.adapters.composition.budget",
     "fit_strength": "austeer.adapters.fitting.fit",
     "load_model": "austeer.adapters.loading",
+    "load_steered": "austeer.adapters.loading",
     "load_tokenizer": "austeer.adapters.loading",
     "localize": "austeer.adapters.localization.run",
 }

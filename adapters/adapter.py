@@ -216,6 +216,8 @@ class SteeringAdapter:
                 f"adapter for a {self.config.model_type} model, this one is "
                 f"{model.config.model_type}; use the right base"
             )
+        if hasattr(model, "steering_scale"):
+            raise AdapterError("this model is steered in code already; load its base")
         stamp = weights_stamp(self.architecture, [s.site for s in self.sites], model)
         if stamp is None or self._checked.get(model) != stamp:
             self.check_base(module_reader(model), model.config.num_hidden_layers, force)

@@ -15,6 +15,7 @@ from austeer.adapters._errors import ModelError
 from austeer.adapters._files import read_json
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.model_directory import model_directory
+from austeer.adapters.steered_format import STEERED_TYPE, check_steered
 from austeer.adapters.tensors import Checkpoint
 
 if TYPE_CHECKING:
@@ -56,11 +57,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if device_map is not None:
-        _check_device_map(device)
-    target = _device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    target = _target(device, device_map, dtype)
     folder = model_directory(name_or_path, revision)
     _check_folder(folder)
     with _transformers_calls(folder, "model"):
@@ -81,6 +78,48 @@ def load_model(
     # The Hub id, not the cache folder, is what an adapter should remember as its base.
     model.name_or_path = str(name_or_path)
     return model
+
+
+def load_steered(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a steered checkpoint with code, running our own code and none that lies beside it.
+
+    Args:
+        name_or_path: what `austeer-export merge --code` wrote: directory or Hub id.
+        device: as for `load_model`.
+        device_map: as for `load_model`.
+        dtype: as for `load_model`; the adapter's numbers stay in float32.
+        revision: Hub revision (branch, tag or commit).
+
+    Returns:
+        The steered model; its `steering_scale` sets the strength, 0 is the base.
+
+    Raises:
+        ModelError: not a steered checkpoint, one of another format, or malformed.
+    """
+    from austeer.adapters.modeling_austeer import SteeredConfig, SteeredForCausalLM
+
+    target = _target(device, device_map, dtype)
+    folder = model_directory(name_or_path, revision)
+    check_steered(folder)
+    Checkpoint(folder)
+    with _transformers_calls(folder, "steered model"):
+        model, info = SteeredForCausalLM.from_pretrained(
+            folder,
+            config=SteeredConfig.from_pretrained(folder),
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            device_map=device_map,
+        )
+        _check_complete(folder, model, info)
+        return (model if device_map else model.to(target)).eval().requires_grad_(False)
 
 
 def load_tokenizer(
@@ -116,6 +155,10 @@ def _check_folder(folder: Path) -> None:
     """Refuse what transformers would answer with a traceback, before it loads anything."""
     path = folder / "config.json"
     config = read_json(path, ModelError, f"is {folder} a whole model directory?")
+    if config.get("model_type") == STEERED_TYPE:
+        raise ModelError(
+            f"{folder}: is a steered model already; name its base, or load it with load_steered"
+        )
     try:
         architecture_of(config.get("model_type")).num_layers(config)
     except ModelError as error:
@@ -141,6 +184,16 @@ def _check_complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) 
         raise ModelError(
             f"{folder}: the weights lack {missing[0]}{more}; download the whole model"
         )
+
+
+def _target(device: str, device_map: object, dtype: str | None) -> torch.device:
+    """The device, once what was asked for can work."""
+    if device_map is not None:
+        _check_device_map(device)
+    target = _device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    return target
 
 
 def _check_device_map(device: str) -> None:

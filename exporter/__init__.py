@@ -9,6 +9,7 @@ from austeer.exporter.routes import Route
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, RunOptions
 
 if TYPE_CHECKING:
+    from austeer.exporter.code_export import export_code
     from austeer.exporter.graft import GraftRequest, graft_job
     from austeer.exporter.merge import MergeSummary, merge_checkpoint
     from austeer.exporter.peft_export import PeftSummary, convert_peft
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
         ParityReport,
         verify_checkpoint,
         verify_onnx,
-        verify_peft,
     )
+    from austeer.exporter.verify_code import verify_code
+    from austeer.exporter.verify_peft import verify_peft
 
 __all__ = [
     "BaseOptions",
@@ -35,6 +37,7 @@ __all__ = [
     "RunOptions",
     "RunReport",
     "convert_peft",
+    "export_code",
     "export_product",
     "fit_job",
     "graft_job",
@@ -42,6 +45,7 @@ __all__ = [
     "merge_checkpoint",
     "run_job",
     "verify_checkpoint",
+    "verify_code",
     "verify_onnx",
     "verify_peft",
     "verify_product",
@@ -56,6 +60,7 @@ _LAZY = {
     "PeftSummary": "austeer.exporter.peft_export",
     "RunReport": "austeer.exporter.run",
     "convert_peft": "austeer.exporter.peft_export",
+    "export_code": "austeer.exporter.code_export",
     "export_product": "austeer.exporter.products",
     "fit_job": "austeer.exporter.run",
     "graft_job": "austeer.exporter.graft",
@@ -63,8 +68,9 @@ _LAZY = {
     "merge_checkpoint": "austeer.exporter.merge",
     "run_job": "austeer.exporter.run",
     "verify_checkpoint": "austeer.exporter.verify",
+    "verify_code": "austeer.exporter.verify_code",
     "verify_onnx": "austeer.exporter.verify",
-    "verify_peft": "austeer.exporter.verify",
+    "verify_peft": "austeer.exporter.verify_peft",
     "verify_product": "austeer.exporter.products",
 }
 

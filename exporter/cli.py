@@ -160,13 +160,19 @@ def fit(as_json: bool, **options: Any) -> None:
 @click.argument("model")
 @click.argument("adapter")
 @out_option
+@click.option(
+    "--code",
+    is_flag=True,
+    help="Leave the weights and add a modelling file: for what cannot fold (component layer, "
+    "strength adaptive). Loads with trust_remote_code.",
+)
 @steering_options
 @no_verify_option
 @base_options
 @json_option
-def merge(as_json: bool, **options: Any) -> None:
+def merge(as_json: bool, code: bool, **options: Any) -> None:
     """Fold ADAPTER into the weights of MODEL: a plain safetensors checkpoint."""
-    _export(Route.SAFETENSORS, options, as_json)
+    _export(Route.CODE if code else Route.SAFETENSORS, options, as_json)
 
 
 @cli.command()

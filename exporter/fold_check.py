@@ -77,7 +77,7 @@ def verify_fold_structure(
     gains = dict(_gains(adapter, before, scale))
     others = [] if touched_only else sorted(set(before) - set(gains))
     for name in others:
-        if not _same_bytes(before[name], after[name]):
+        if not same_bytes(before[name], after[name]):
             raise VerificationError(
                 f"{folder}: {name} differs from the base, the adapter does not touch it"
             )
@@ -179,7 +179,8 @@ def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> None:
         )
 
 
-def _same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
+def same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
+    """Whether two stored tensors of one size have the same bytes; memory for a chunk."""
     with before.file.open("rb") as first, after.file.open("rb") as second:
         first.seek(before.start)
         second.seek(after.start)

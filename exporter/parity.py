@@ -27,7 +27,7 @@ class ParityReport:
     """A product reloaded from disk against the attached model, over every prompt position.
 
     Attributes:
-        route: `safetensors`, `onnx`, `lora` or `ia3`.
+        route: `safetensors`, `onnx`, `lora`, `ia3` or `code`.
         path: name of the product's folder.
         max_logit_difference: largest |product − attached|.
         tolerance: what it may be.

@@ -109,15 +109,16 @@ def _route_refusals(adapter: SteeringAdapter) -> Iterator[Refusal]:
         yield Refusal(
             None,
             f"strength {adapter.config.strength} sets its gains anew at every token, weights "
-            "are constants; export it to ONNX or attach it to the live model, "
-            "or fit with strength fitted or oriented",
+            "are constants; merge it with --code, export it to ONNX or attach it to the live "
+            "model, or fit with strength fitted or oriented",
         )
     for steered in adapter.sites:
         if not steered.site.component.foldable:
             yield Refusal(
                 steered.site,
                 "a layer's output goes on through the residual stream, no single weight can "
-                "absorb a gain there; export it to ONNX or attach it to the live model",
+                "absorb a gain there; merge it with --code, export it to ONNX or attach it to "
+                "the live model",
             )
 
 
@@ -169,7 +170,7 @@ def _find(
     if partners:
         return (
             f"{candidates[0]} shares its values with {_shorten(partners)}, a fold would "
-            "steer both; export it to ONNX or attach it to the live model"
+            "steer both; merge it with --code, export it to ONNX or attach it to the live model"
         )
     if not names:
         return f"{name} is not in the checkpoint; is it the adapter's base model?"

@@ -166,8 +166,8 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
         verify=request.handling.verify,
     )
     pairs = read_pairs(request.pairs) if request.pairs else []
-    if request.route.folds and not request.handling.verify:
-        return _export_unverified(request, adapter)
+    if request.route is not Route.ONNX and not request.handling.verify:
+        return _write_unverified(request, adapter)
     progress("load the base model", 0, 1)
     base = load_base(request.base)
     progress("load the base model", 1, 1)
@@ -219,9 +219,10 @@ def verify_product(
     return Export(route, product, _row(route, str(product), parity, started))
 
 
-def _export_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
-    """Without a live model, which may be far larger than this machine's memory."""
+def _write_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
+    """Write without a live model, which may be far larger than this machine's memory."""
     from austeer.adapters.model_directory import model_directory
+    from austeer.exporter.code_export import export_code
     from austeer.exporter.merge import merge_checkpoint
     from austeer.exporter.peft_export import convert_peft
 
@@ -230,6 +231,8 @@ def _export_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Exp
     scale, force = request.handling.scale, request.handling.force
     if route.is_peft:
         convert_peft(folder, adapter, out, route=route, scale=scale, force=force)
+    elif route is Route.CODE:
+        export_code(folder, adapter, out, scale=scale, force=force)
     else:
         merge_checkpoint(folder, adapter, out, scale=scale, force=force)
     return Export(route, out, _row(route, str(out), None, started))

@@ -67,6 +67,22 @@ def steered_logits(model: Any, adapter: SteeringAdapter, scale: float) -> Logits
     return run
 
 
+def greedy_continuation(model: Any, ids: Prompt, count: int) -> Prompt:
+    """`ids` and the `count` tokens that the model's own `generate` adds greedily.
+
+    The model's generation config is replaced: it may ask for penalties or end early.
+    """
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    start = torch.from_numpy(ids).to(model.device)
+    with torch.no_grad():
+        found = model.generate(
+            start, attention_mask=torch.ones_like(start), max_new_tokens=count, do_sample=False
+        )
+    return np.asarray(found.cpu().numpy())
+
+
 def greedy_agreement(
     model: Any, ids: Prompt, decoded: Int[np.ndarray, "1 tokens"], near_tie: float
 ) -> float:
@@ -95,3 +111,11 @@ def greedy_agreement(
             return 1.0 if tie else count / len(continuation)
         step = torch.full((1, 1), int(token), device=model.device)
     return 1.0
+
+
+def mean_agreement(
+    model: Any, starts: Sequence[Prompt], decoded: Sequence[Prompt], near_tie: float
+) -> float:
+    """Mean of `greedy_agreement` over prompts and their continuations."""
+    pairs = zip(starts, decoded, strict=True)
+    return float(np.mean([greedy_agreement(model, *pair, near_tie) for pair in pairs]))

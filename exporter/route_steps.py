@@ -52,6 +52,10 @@ def write_product(
             scale_as=handling.scale_as,
             force=force,
         )
+    elif route is Route.CODE:
+        from austeer.exporter.code_export import write_code
+
+        write_code(base.folder, adapter, folder, scale=scale, force=force)
     elif route.is_peft:
         from austeer.exporter.peft_export import write_peft
 
@@ -73,14 +77,11 @@ def prove_product(
     """Reload the product from disk and compare it with the attached model.
 
     Raises:
-        VerificationError: it does not load, or its weights are not the fold of the base's.
+        VerificationError: it does not load, or its files are not made of the base's.
     """
-    from austeer.exporter.verify import (
-        verify_checkpoint,
-        verify_fold_structure,
-        verify_onnx,
-        verify_peft,
-    )
+    from austeer.exporter.verify import verify_checkpoint, verify_fold_structure, verify_onnx
+    from austeer.exporter.verify_code import verify_code, verify_code_structure
+    from austeer.exporter.verify_peft import verify_peft
 
     model, tokenizer = base.model, base.tokenizer
     options: dict[str, Any] = {"scale": handling.scale, "force": handling.force}
@@ -91,5 +92,8 @@ def prove_product(
         if route.is_peft:
             options["base"] = base.folder
             return verify_peft(folder, model, tokenizer, adapter, prompts, **options)
+        if route is Route.CODE:
+            verify_code_structure(base.folder, folder, adapter, handling.scale)
+            return verify_code(folder, model, tokenizer, adapter, prompts, **options)
         verify_fold_structure(base.folder, folder, adapter, handling.scale)
         return verify_checkpoint(folder, model, tokenizer, adapter, prompts, **options)

@@ -11,6 +11,7 @@ from pathlib import Path
 from austeer.adapters._errors import RouteError
 from austeer.adapters.config import CONFIG_NAME, Strength
 from austeer.adapters.sites import Component
+from austeer.adapters.steered_format import is_steered
 from austeer.adapters.tensors import INDEX, SINGLE
 
 
@@ -25,11 +26,13 @@ class Route(StrEnum):
     """A PEFT LoRA, exact: a rank for each unit."""
     IA3 = "ia3"
     """A PEFT IA3: a vector of gains for each steered module."""
+    CODE = "code"
+    """The base's weights, the adapter's tensors and a modelling file that steers."""
 
     @property
     def folds(self) -> bool:
         """Whether the product has no place for an op, so that weights must absorb the gains."""
-        return self is not Route.ONNX
+        return self not in (Route.ONNX, Route.CODE)
 
     @property
     def is_peft(self) -> bool:
@@ -107,13 +110,15 @@ def check_routes(
         if route.folds and not strength.foldable:
             raise RouteError(
                 f"route {route}: strength {strength} depends on the input, no weight can "
-                "absorb it; take strength fitted, or route onnx alone"
+                "absorb it; take strength fitted, or routes onnx and code alone "
+                "(merge --code)"
             )
         for component in components:
             if route.folds and not component.foldable:
                 raise RouteError(
                     f"route {route}: component {component} lies behind the residual add, no "
-                    "weight can absorb a gain there; leave it out, or take route onnx alone"
+                    "weight can absorb a gain there; leave it out, or take routes onnx and "
+                    "code alone (merge --code)"
                 )
         # To write a PEFT adapter needs no peft, to prove it does.
         if verify or not route.is_peft:
@@ -135,7 +140,7 @@ def route_of(product: Path) -> Route:
         kinds.append(Route.ONNX)
     # A ranking and an adapter are safetensors files, too, but no checkpoint.
     if any((product / name).exists() for name in (SINGLE, INDEX)):
-        kinds.append(Route.SAFETENSORS)
+        kinds.append(Route.CODE if is_steered(product) else Route.SAFETENSORS)
     routes = [route for route in kinds if route is not None]
     if len(routes) != 1:
         raise RouteError(

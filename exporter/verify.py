@@ -4,14 +4,12 @@ Everything is judged against a float32 truth: the base in float32 with hooks. A 
 dtype earns an allowance on top of the float32 bound, measured and never guessed: for a fold
 see `austeer.exporter.allowance`; an ONNX graph also rounds activations, as the live model in
 that dtype does, so its allowance is twice the live model's own distance from the truth; a
-float32 graph of a reduced-precision base has none, and neither has a PEFT adapter, which
-leaves the base's weights as they are.
+float32 graph of a reduced-precision base has none. `austeer.exporter.verify_peft` and
+`austeer.exporter.verify_code` prove the other products.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.attach import steering_hooks
 from austeer.adapters.fingerprint import module_reader
-from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.allowance import SAFETY, fold_rounding, rounding_allowance
 from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
@@ -31,18 +28,12 @@ from austeer.exporter.reference import (
     context_length,
     encode_prompts,
     float32_truth,
-    greedy_agreement,
+    mean_agreement,
     model_logits,
     steered_logits,
 )
 
-__all__ = [
-    "ParityReport",
-    "verify_checkpoint",
-    "verify_fold_structure",
-    "verify_onnx",
-    "verify_peft",
-]
+__all__ = ["ParityReport", "verify_checkpoint", "verify_fold_structure", "verify_onnx"]
 
 
 def verify_checkpoint(
@@ -74,7 +65,7 @@ def verify_checkpoint(
     """
     adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
     encoded = encode_prompts(tokenizer, prompts, context_length(model))
-    product = _reload(folder, model, trust_remote_code)
+    product = reload_product("safetensors", folder, model, trust_remote_code)
     truth = float32_truth(model)
     steered = steered_logits(truth, adapter, scale)
     found = compare_logits(encoded, model_logits(product), steered, model_logits(truth))
@@ -136,98 +127,16 @@ def verify_onnx(
     starts = encoded[:greedy_prompts]
     decoded = [runner.generate(ids, greedy_tokens) for ids in starts]
     with steering_hooks(truth, adapter.architecture, adapter.sites, scale):
-        shares = [
-            greedy_agreement(truth, ids, found_ids, 2 * tolerance)
-            for ids, found_ids in zip(starts, decoded, strict=True)
-        ]
-    greedy = float(np.mean(shares))
+        greedy = mean_agreement(truth, starts, decoded, 2 * tolerance)
     return found.report("onnx", folder.name, len(encoded), tolerance=tolerance, greedy=greedy)
 
 
-def verify_peft(
-    folder: Path,
-    model: Any,
-    tokenizer: Any,
-    adapter: SteeringAdapter,
-    prompts: Sequence[str],
-    *,
-    base: Path | None = None,
-    scale: float = 1.0,
-    force: bool = False,
-    trust_remote_code: bool = False,
-) -> ParityReport:
-    """Compare a PEFT adapter, loaded with stock peft onto the base, with the attached model.
-
-    Args:
-        folder: the product.
-        model: the live base model, any dtype; left as it was.
-        tokenizer: its tokenizer.
-        adapter: what was converted.
-        prompts: texts to compare on, at every position.
-        base: directory of the base, whose files a LoRA was made from; where `model` is in
-            a reduced dtype that is not theirs, they are loaded for the comparison.
-        scale: factor on every γ.
-        force: accept a base with another fingerprint.
-        trust_remote_code: let transformers run code from `base`.
+def reload_product(route: str, folder: Path, model: Any, trust_remote_code: bool) -> Any:
+    """A product of plain or of our own code, as `from_pretrained` gives it, in float32.
 
     Raises:
-        VerificationError: the product does not load, or there is nothing to compare on.
-        AdapterError: `model` is not the adapter's base (unless `force`).
+        VerificationError: transformers cannot load it.
     """
-    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
-    encoded = encode_prompts(tokenizer, prompts, context_length(model))
-    if base is None or _has_dtype_of(base, model, adapter):
-        truth = float32_truth(model)
-    else:
-        truth = _load_float32(base, model, trust_remote_code)
-    product = _with_peft(folder, truth)
-    found = compare_logits(
-        encoded,
-        model_logits(product),
-        steered_logits(truth, adapter, scale),
-        model_logits(truth),
-    )
-    route = str(product.active_peft_config.peft_type.value).lower()
-    tolerance = float32_bound(found.peak)
-    return found.report(route, folder.name, len(encoded), tolerance=tolerance)
-
-
-def _has_dtype_of(base: Path, model: Any, adapter: SteeringAdapter) -> bool:
-    """Whether the live weights are those of the files, whatever float32 made of them."""
-    if model.dtype in (torch.float32, torch.float64):
-        return True
-    architecture = adapter.architecture
-    name = f"{architecture.projection(adapter.sites[0].site)}.weight"
-    entry = Checkpoint(base).find(architecture.disk_names(name))
-    return entry is None or f"torch.{entry.numpy_dtype.name}" == str(model.dtype)
-
-
-def _load_float32(base: Path, model: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(
-        str(base), dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
-    return loaded.eval().to(model.device)
-
-
-def _with_peft(folder: Path, model: Any) -> Any:
-    """A copy of `model` with the product loaded into it; peft changes what it is given."""
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings():
-            # A tensor that is not in the file would stay at its random initial value.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
-        raise VerificationError(
-            f"PEFT product {folder.name}: peft cannot load it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); not published"
-        ) from error
-
-
-def _reload(folder: Path, model: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -236,7 +145,7 @@ def _reload(folder: Path, model: Any, trust_remote_code: bool) -> Any:
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise VerificationError(
-            f"safetensors product {folder.name}: transformers cannot load it "
+            f"{route} product {folder.name}: transformers cannot load it "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); not published"
         ) from error
     return product.eval().float().to(model.device)

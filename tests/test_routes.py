@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from austeer.adapters import RouteError, SteeringAdapter
 from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.code_export import export_code
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.peft_export import convert_peft
 from austeer.exporter.routes import Route as Product
@@ -118,6 +119,22 @@ def fold(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
     return logits_of(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
 
 
+@pytest.fixture(autouse=True)
+def _private(code_cache: Path) -> None:
+    """Products with code leave it in a temporary folder."""
+
+
+def with_code(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
+    """A steered checkpoint with code, reloaded as its users do."""
+    from transformers import AutoModelForCausalLM
+
+    export_code(base, adapter, out)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, trust_remote_code=True
+    )
+    return logits_of(loaded.eval())
+
+
 def attach(base: Path, model: Any, adapter: SteeringAdapter, out: Path) -> Run:
     """Attached to the live model."""
 
@@ -159,6 +176,7 @@ ROUTES = [
     pytest.param(fold, id="fold"),
     pytest.param(lora, id="lora"),
     pytest.param(ia3, id="ia3"),
+    pytest.param(with_code, id="code"),
 ]
 
 
@@ -186,7 +204,7 @@ def test_route_equals_the_truth(
     got = route(base, model, adapter, tmp_path / "out")(ids)
 
     size = float(truth.abs().max())
-    # A fold rounds the stored weights once; all else computes in float32 throughout.
+    # Folded weights are rounded once; the other routes leave the stored ones as they are.
     rounding = ROUNDING[dtype] if route is fold else 0.0
     tolerance = (SCALE_OF_FLOAT32 + rounding) * size
     assert float((got - truth).abs().max()) <= tolerance

@@ -293,7 +293,17 @@ def test_run_publishes_everything_or_says_that_nothing_helps(
 ) -> None:
     out = tmp_path / "out"
     arguments = ("run", base, pairs, "-o", out, "--strength", "oriented", "--kl-budget", "5")
-    more = ("--max-units", "16", "--component", "attention", "--to", "safetensors", "--json")
+    more = (
+        "--max-units",
+        "16",
+        "--component",
+        "attention",
+        "--to",
+        "safetensors",
+        "--to",
+        "code",
+    )
+    more = (*more, "--json")
     result = CliRunner().invoke(cli, [str(argument) for argument in (*arguments, *more)])
     assert result.exit_code in (0, 3), result.output
     values = as_json(result)
@@ -303,11 +313,12 @@ def test_run_publishes_everything_or_says_that_nothing_helps(
         assert names == {"report.json", "report.md"}
         assert result.stderr.startswith("error: ")
         return
-    expected = {"adapter", "ranking.safetensors", "report.json", "report.md", "safetensors"}
-    assert names == expected
+    products = {"code", "safetensors"}
+    assert names == {"adapter", "ranking.safetensors", "report.json", "report.md", *products}
     assert SteeringAdapter.from_pretrained(out / "adapter").config.k == values["selected"]["k"]
-    check = ("verify", out / "safetensors", "--base", base, "--adapter", out / "adapter")
-    invoke(*check, "--pairs", pairs)
+    for product in products:
+        check = ("verify", out / product, "--base", base, "--adapter", out / "adapter")
+        invoke(*check, "--pairs", pairs)
 
 
 @pytest.mark.slow

@@ -1,0 +1,125 @@
+"""What a steered checkpoint with code looks like on disk: its config, its tensors, its code.
+
+Stated once for who writes it and who reads it; opens no model and needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from austeer.adapters._errors import ModelError
+from austeer.adapters._files import read_json
+from austeer.adapters.adapter import SteeringAdapter
+
+STEERED_TYPE = "austeer_steered"
+STEERED_VERSION = 1
+CODE_NAME = "modeling_austeer.py"
+STEERING_NAME = "steering.safetensors"
+AUTO_MAP = {
+    "AutoConfig": "modeling_austeer.SteeredConfig",
+    "AutoModelForCausalLM": "modeling_austeer.SteeredForCausalLM",
+}
+
+
+def code_file() -> Path:
+    """The modelling file that goes beside the weights; found without importing it."""
+    spec = find_spec("austeer.adapters.modeling_austeer")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin)
+
+
+def steered_config(
+    base: Mapping[str, Any], adapter: SteeringAdapter, scale: float
+) -> dict[str, Any]:
+    """The content of config.json: the base's, under a model type that transformers lacks.
+
+    Args:
+        base: parsed config.json of the base.
+        adapter: what to steer.
+        scale: factor on every γ.
+    """
+    base_type = adapter.config.model_type
+    return {
+        **base,
+        "model_type": STEERED_TYPE,
+        "architectures": ["SteeredForCausalLM"],
+        "auto_map": dict(AUTO_MAP),
+        "steering": {
+            "format_version": STEERED_VERSION,
+            "base_model_type": base_type,
+            "sites": _sites(adapter),
+        },
+        "steering_scale": float(scale),
+        # A native class that is called by its name looks for a nested config of its own type.
+        # It would go on without the steering, so it finds one that no class accepts.
+        "without_code": {
+            "model_type": base_type,
+            "hidden_size": "steered model: load it with AutoModelForCausalLM and "
+            "trust_remote_code=True, or with austeer.adapters.load_steered",
+        },
+    }
+
+
+def steering_tensors(
+    adapter: SteeringAdapter, bare: bool
+) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+    """The adapter's tensors by their names in the checkpoint.
+
+    Args:
+        adapter: what to steer.
+        bare: the checkpoint's names lack the prefix of the decoder.
+    """
+    prefix = "austeer" if bare else f"{adapter.architecture.prefix}.austeer"
+    return {f"{prefix}.{name}": tensor for name, tensor in adapter.tensors().items()}
+
+
+def is_steered(folder: Path) -> bool:
+    """Whether a directory holds a steered checkpoint with code, or says so."""
+    if (folder / CODE_NAME).is_file():
+        return True
+    try:
+        config = read_json(folder / "config.json", ModelError, "")
+    except ModelError:
+        return False
+    return config.get("model_type") == STEERED_TYPE
+
+
+def check_steered(folder: Path) -> None:
+    """Refuse what is no steered checkpoint, or one of a format that this release cannot read.
+
+    Raises:
+        ModelError: says which.
+    """
+    path = folder / "config.json"
+    config = read_json(path, ModelError, f"is {folder} a whole model directory?")
+    if config.get("model_type") != STEERED_TYPE:
+        raise ModelError(
+            f"{path}: model_type {config.get('model_type')!r}, expected {STEERED_TYPE!r}; "
+            "a plain checkpoint loads with load_model"
+        )
+    steering = config.get("steering")
+    version = steering.get("format_version") if isinstance(steering, dict) else None
+    if version != STEERED_VERSION or isinstance(version, bool):
+        raise ModelError(
+            f"{path}: steering format_version {version!r}, this release reads "
+            f"{STEERED_VERSION}; update austeer or export the model again"
+        )
+
+
+def _sites(adapter: SteeringAdapter) -> dict[str, dict[str, Any]]:
+    """Where each site is and how large its tensors are."""
+    found = {}
+    for steered in adapter.sites:
+        hookpoint = adapter.architecture.hookpoint(steered.site)
+        found[steered.site.key] = {
+            "module": hookpoint.module,
+            "side": hookpoint.side,
+            "units": len(steered.index),
+            "rank": steered.predictor.rank if steered.predictor else 0,
+        }
+    return found

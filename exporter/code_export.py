@@ -1,0 +1,160 @@
+"""Writes a steered checkpoint with code, for what no weight can absorb.
+
+The base's weight files as they are, one more file with the adapter's tensors, and a modelling
+file that transformers runs with `trust_remote_code`; no torch, no model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from austeer.adapters._errors import ModelError, RouteError
+from austeer.adapters._files import publish_directory, read_json, write_json
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.card import model_card
+from austeer.adapters.steered_format import (
+    CODE_NAME,
+    STEERING_NAME,
+    code_file,
+    steered_config,
+    steering_tensors,
+)
+from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, Tensors, write_tensors
+from austeer.exporter.checkpoint import copy_checkpoint
+from austeer.exporter.code_check import verify_code_structure
+from austeer.exporter.merge import open_base, read_model_config
+
+# transformers reads no second file beside one of the usual name.
+_ONLY_SHARD = "model-00001-of-00001.safetensors"
+
+
+def export_code(
+    base: Path, adapter: SteeringAdapter, out: Path, *, scale: float = 1.0, force: bool = False
+) -> None:
+    """Write `base` steered by `adapter` in code, check its files, publish it at `out`.
+
+    Args:
+        base: directory with config.json and safetensors weights.
+        adapter: any strength, any component.
+        out: new or empty directory.
+        scale: factor on every γ; config.json keeps it as `steering_scale`.
+        force: accept a base with another fingerprint.
+
+    Raises:
+        RouteError: a base that is quantized or brings code of its own, or no effect.
+        ModelError: `base` is malformed.
+        AdapterError: the adapter belongs to another base.
+        SiteError: a unit or layer that the base does not have.
+        OutputError: `out` is taken or cannot be written.
+        VerificationError: the files are not those of the base and the adapter.
+    """
+    with publish_directory(out) as work:
+        write_code(base, adapter, work, scale=scale, force=force)
+        verify_code_structure(base, work, adapter, scale)
+
+
+def write_code(
+    base: Path,
+    adapter: SteeringAdapter,
+    folder: Path,
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+) -> None:
+    """Write the steered checkpoint into `folder`, an existing empty directory.
+
+    Arguments and errors as in `export_code`; nothing is published or verified.
+    """
+    config = read_model_config(base)
+    _refuse(base, config, adapter, scale)
+    checkpoint = open_base(base, adapter, force=force)
+    copy_checkpoint(checkpoint, folder)
+    steering = steering_tensors(adapter, _is_bare(checkpoint, adapter))
+    write_tensors(folder / STEERING_NAME, steering, {"format": "pt"})
+    _write_index(checkpoint, steering, folder)
+    write_json(folder / "config.json", steered_config(config, adapter, scale))
+    _name_tokenizer(config, folder)
+    shutil.copyfile(code_file(), folder / CODE_NAME)
+    card = model_card(adapter.config, "finetune", "transformers", _usage())
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _refuse(
+    base: Path, config: Mapping[str, Any], adapter: SteeringAdapter, scale: float
+) -> None:
+    if config.get("quantization_config"):
+        raise RouteError(
+            f"{base}: its weights are quantized, and steering in code was not proved on those; "
+            "steer the unquantized model"
+        )
+    if config.get("auto_map"):
+        raise RouteError(
+            f"{base}: brings code of its own (auto_map), which a second modelling file cannot "
+            "extend; export it to ONNX or attach it to the live model"
+        )
+    if not any((steered.gamma * scale).any() for steered in adapter.sites):
+        raise RouteError(f"nothing is steered at scale {scale:g}: every gain is 1")
+
+
+def _is_bare(checkpoint: Checkpoint, adapter: SteeringAdapter) -> bool:
+    """Whether the stored names lack the decoder's prefix; then all names must."""
+    module = adapter.architecture.projection(adapter.sites[0].site)
+    return f"{module}.weight" not in checkpoint
+
+
+def _write_index(checkpoint: Checkpoint, steering: Tensors, folder: Path) -> None:
+    """List the base's files and the steering in one index."""
+    metadata: dict[str, Any] = {}
+    if (folder / SINGLE).is_file():
+        (folder / SINGLE).rename(folder / _ONLY_SHARD)
+        shards = dict.fromkeys(checkpoint, _ONLY_SHARD)
+    else:
+        shards = {name: entry.file.name for name, entry in checkpoint.items()}
+        metadata = read_json(folder / INDEX, ModelError, "").get("metadata") or {}
+    sizes = [entry.size for entry in checkpoint.values()]
+    metadata["total_size"] = sum(sizes) + sum(tensor.nbytes for tensor in steering.values())
+    shards |= dict.fromkeys(steering, STEERING_NAME)
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": shards})
+
+
+def _name_tokenizer(config: Mapping[str, Any], folder: Path) -> None:
+    """Write down the tokenizer's class where only the base's model type said it."""
+    path = folder / "tokenizer_config.json"
+    if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*")):
+        return
+    found = read_json(path, ModelError, "") if path.is_file() else {}
+    if found.get("tokenizer_class"):
+        return
+    name = config.get("tokenizer_class") or _usual_tokenizer(config["model_type"])
+    if name:
+        path.write_text(json.dumps({**found, "tokenizer_class": name}, indent=2) + "\n")
+
+
+def _usual_tokenizer(model_type: str) -> str | None:
+    """Class name that transformers takes for a model type, without a `Fast` at its end."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    # transformers 4 gives (slow, fast), 5 gives one name.
+    found = TOKENIZER_MAPPING_NAMES.get(model_type)
+    names = [found] if isinstance(found, str) else list(found or ())
+    known = [name.removesuffix("Fast") for name in names if name]
+    return known[-1] if known else None
+
+
+def _usage() -> str:
+    return f"""The steering is code: `{CODE_NAME}`, beside the base model's own weights. It
+needs torch and transformers, nothing else.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this/model", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this/model", trust_remote_code=True)
+model.steering_scale = 0.5  # 0 is the base model
+```
+
+Without running code from here: `austeer.adapters.load_steered("this/model")`."""
