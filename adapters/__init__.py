@@ -31,6 +31,7 @@ from austeer.adapters._errors import (
     VerificationError,
 )
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import Architecture, register_architecture
 from austeer.adapters.composition.combined import combine
 from austeer.adapters.composition.contributions import Overlap, overlaps
 from austeer.adapters.config import AdapterConfig, Strength
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterConfig",
     "AdapterError",
+    "Architecture",
     "AusteerError",
     "Component",
     "ContrastivePair",
@@ -85,6 +87,7 @@ __all__ = [
     "localize",
     "overlaps",
     "read_pairs",
+    "register_architecture",
     "split_pairs",
 ]
 

@@ -151,6 +151,22 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
         ) from None
 
 
+def final_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """What lies between the last layer and the LM head, in order of computation.
+
+    Some models of an architecture have None in place of one of them: it is left out.
+
+    Raises:
+        ModelError: a module does not exist.
+    """
+    found = []
+    for path in (architecture.norm, *architecture.tail):
+        parent, _, name = path.rpartition(".")
+        if getattr(find_module(model, parent), name, path) is not None:
+            found.append(find_module(model, path))
+    return found
+
+
 def _on_first(output: Any, steer: Steer) -> Any:
     steered = steer(first_output(output))
     return (steered, *output[1:]) if isinstance(output, tuple) else steered

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 512
 _TEXTS = 64  # texts tokenized at once
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,16 @@ class PairTokens:
 
 def token_limit(model: PreTrainedModel) -> int:
     """Tokens of a string that are used: 512, or the model's context if that is shorter."""
-    config = model.config
-    context = getattr(config, "max_position_embeddings", None)
-    return min(MAX_TOKENS, context or getattr(config, "n_positions", None) or MAX_TOKENS)
+    return min(MAX_TOKENS, context_length(model) or MAX_TOKENS)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model has; None where its config names no limit."""
+    for name in _CONTEXT_KEYS:
+        found = getattr(model.config, name, None)
+        if found:
+            return int(found)
+    return None
 
 
 def tokenize_pairs(

@@ -22,6 +22,7 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import module_reader
+from austeer.adapters.tokens import context_length
 from austeer.graphs.graft import graft_model
 from austeer.graphs.graft_plan import ScaleAs
 from austeer.graphs.model_io import save_model
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 MODEL_NAME = "model.onnx"
 _WRAPPED = "decoder"
 """Attribute of the wrapper that holds the model; taken off every path after the export."""
-
-_MASK_BY_LAYER_TYPE = frozenset({"gemma2", "qwen2", "qwen3"})
-"""Model types whose layers choose a mask by `config.layer_types`; the others share one."""
 
 _USAGE = """```python
 from austeer.graphs import OnnxCausalLM  # onnxruntime and numpy, no torch
@@ -145,6 +143,7 @@ class _CachedDecoder(nn.Module):
 
     The masks are built here and not in transformers, so that one graph is right for prefill
     and decoding, with padding, and beyond a sliding window, of which the cache keeps all.
+    Only a model whose position bias needs to know the real tokens builds its own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -178,6 +177,9 @@ class _CachedDecoder(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype
     ) -> Tensor | dict[str, Tensor]:
         config = self.decoder.config
+        masks = architecture_of(config.model_type).masks
+        if masks == "tokens":
+            return attention_mask
         keys = torch.arange(attention_mask.shape[1], device=input_ids.device)
         distance = keys[keys.shape[0] - input_ids.shape[1] :, None] - keys
         # A token always sees itself: an empty row is NaN where half precision overflows.
@@ -185,7 +187,7 @@ class _CachedDecoder(nn.Module):
         full = real & (distance >= 0)
         window = getattr(config, "sliding_window", None)
         sliding = full if window is None else full & (distance < window)
-        if config.model_type in _MASK_BY_LAYER_TYPE:
+        if masks == "by_layer_type":
             return {
                 "full_attention": _additive(full, dtype),
                 "sliding_attention": _additive(sliding, dtype),
@@ -199,6 +201,11 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_exportable(model: PreTrainedModel) -> None:
+    if getattr(model.config, "alibi", False):
+        raise RouteError(
+            f"{model.config.model_type}: its ALiBi is computed in bfloat16, which the CPU "
+            "provider of onnxruntime does not do; fold into safetensors instead"
+        )
     parameters = getattr(model.config, "rope_parameters", None) or getattr(
         model.config, "rope_scaling", None
     )
@@ -208,6 +215,16 @@ def _check_exportable(model: PreTrainedModel) -> None:
             f"rope_type {kind!r}: its frequencies depend on the length, which one ONNX graph "
             "cannot follow; fold into safetensors instead"
         )
+
+
+def _longest(model: PreTrainedModel) -> int | None:
+    """Most tokens that an input may hold; None for any number.
+
+    A window or bias that the model cuts out of a table ends with that table.
+    """
+    context = context_length(model)
+    counts = architecture_of(model.config.model_type).counts_places
+    return context - 2 if counts and context else None
 
 
 def _trace(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
@@ -243,7 +260,8 @@ def _example(model: PreTrainedModel) -> tuple[tuple[Tensor, ...], tuple[Any, ...
             for _ in range(count)
         ),
     )
-    b, t, p = (torch.export.Dim(name) for name in ("batch", "fresh", "past"))
+    b = torch.export.Dim("batch")
+    t, p = (torch.export.Dim(name, max=_longest(model)) for name in ("fresh", "past"))
     total = torch.export.Dim.DYNAMIC
     shapes = ({0: b, 1: t}, {0: b, 1: total}, {0: b, 1: t}, ({0: b, 2: p},) * count)
     return arguments, shapes

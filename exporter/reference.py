@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from austeer.adapters import tokens
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.attach import steering_hooks
@@ -36,7 +37,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[P
 
 def context_length(model: Any) -> int:
     """How many positions the model has."""
-    return int(getattr(model.config, "max_position_embeddings", 512))
+    return tokens.context_length(model) or tokens.MAX_TOKENS
 
 
 def float32_truth(model: Any) -> Any:

@@ -21,7 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 REPO = Path(__file__).resolve().parent.parent
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
+MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox"),
+    *("gemma3_text", "olmo2", "cohere", "granite", "starcoder2", "stablelm", "smollm3"),
+    *("phi", "falcon", "opt", "bloom", "gptj", "gpt_neo", "mpt"),
+)
 WORDS = (
     *("the", "a", "one", "day", "Tom", "Mia", "felt", "was", "went", "to", "park", "home"),
     *("happy", "sad", "very", "and", "then", "so", "it", "sun", "rain"),
@@ -69,28 +73,61 @@ def tiny_tokenizer() -> Any:
     )
 
 
+# Configs with names of their own, or whose models lack a size of the others.
+_OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+    "gpt_neox": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 128,
+    },
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 128,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 16,
+    },
+    "falcon": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 48,
+        "max_position_embeddings": 128,
+    },
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 16,
+    },
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+}
+
+
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """Config of a 2-layer model a few thousand parameters large."""
     from transformers import AutoConfig
 
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if model_type == "gpt2":
-        sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-    else:
-        sizes = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 48,
-            "max_position_embeddings": 128,
-        }
-    if model_type not in ("gpt2", "gpt_neox"):
-        sizes["num_key_value_heads"] = 2
-    if model_type in ("gemma2", "qwen3"):
+    common = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
+    sizes = _OWN_SIZES.get(
+        model_type,
+        {**common, "num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2},
+    )
+    if model_type in ("gemma2", "gemma3_text", "qwen3"):
         # Wider than hidden_size / heads, so that the attention width is not the hidden width.
-        sizes["head_dim"] = 12
-    if model_type == "gemma2":
-        sizes["query_pre_attn_scalar"] = 12
+        sizes = {**sizes, "head_dim": 12}
+    if model_type in ("gemma2", "gemma3_text"):
+        sizes = {**sizes, "query_pre_attn_scalar": 12}
     return AutoConfig.for_model(model_type, vocab_size=40, **{**sizes, **special, **changes})
 
 

@@ -15,6 +15,7 @@ from austeer.adapters.activations.batches import PairBatch, plain_batch, tree_ba
 from austeer.adapters.activations.memory import out_of_memory, release_memory, too_large
 from austeer.adapters.activations.packing import PackedBatch, packed_batch
 from austeer.adapters.activations.reading import read_sites
+from austeer.adapters.architectures import architecture_of
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.tokens import PairTokens, token_limit
 
@@ -53,16 +54,19 @@ def choose_layout(
 
     Raises:
         FitError: unknown layout, or a pair that does not fit in memory.
-        ModelError: unsupported architecture, or `tree` and a shorter sliding window.
+        ModelError: unsupported architecture, or a layout asked for that cannot be right.
     """
     if layout not in get_args(Layout):
         raise FitError(f"layout {layout!r}: expected one of {', '.join(get_args(Layout))}")
     if layout != "auto":
-        longest = max((pair.longest for pair in tokens), default=0)
-        window = _window_refusal(model, longest) if layout == "tree" else None
-        if window:
-            raise ModelError(f"layout 'tree': {window}; let layout 'auto' choose")
+        refusal = _requested_refusal(model, tokens, layout)
+        if refusal:
+            raise ModelError(f"layout {layout!r}: {refusal}; let layout 'auto' choose")
         return layout
+    reason = _places_refusal(model)
+    if reason is not None:
+        notice.warning("pairs are neither packed nor shared: %s", reason)
+        return "plain"
     reason = _trial(model, tokens, "packed")
     if reason is None:
         return "packed"
@@ -116,7 +120,29 @@ def _sharing_refusal(
     attention = getattr(model.config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
         return f"attention implementation {attention!r} takes no mask of its caller"
-    return _window_refusal(model, longest) or _trial(model, tokens, "tree")
+    return (
+        _places_refusal(model)
+        or _window_refusal(model, longest)
+        or _trial(model, tokens, "tree")
+    )
+
+
+def _requested_refusal(
+    model: PreTrainedModel, tokens: Sequence[PairTokens], layout: Layout
+) -> str | None:
+    if layout == "plain":
+        return None
+    longest = max((pair.longest for pair in tokens), default=0)
+    window = _window_refusal(model, longest) if layout == "tree" else None
+    return _places_refusal(model) or window
+
+
+def _places_refusal(model: PreTrainedModel) -> str | None:
+    """Known beforehand: low precision, or short pairs, can hide it from a trial."""
+    counts = architecture_of(model.config.model_type).counts_places
+    if not counts and not getattr(model.config, "alibi", False):
+        return None
+    return "the model counts distances by places in a row, not by position_ids"
 
 
 def _window_refusal(model: PreTrainedModel, longest: int) -> str | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CPU_TOKENS = 1536
 MOST_TOKENS = 65536
 LEAST_TOKENS = 512
+_INNER_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 # Torch's CPU allocators raise a bare RuntimeError.
 _PHRASES = (
     "not enough memory",
@@ -72,8 +73,8 @@ def _bytes_per_token(model: PreTrainedModel) -> int:
     """
     config = model.config
     hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    inner = inner or 4 * hidden
+    named = (getattr(config, name, None) for name in _INNER_KEYS)
+    inner = next((size for size in named if size), 4 * hidden)
     live = 12 * hidden + 4 * inner
     kept = config.num_hidden_layers * (3 * hidden + inner) // 8
     return int((live + kept) * max(2, model.dtype.itemsize))

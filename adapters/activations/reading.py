@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def read_sites(
         if isinstance(batch, PackedBatch):
             attention = stack.enter_context(packed_attention(model, batch))
             stack.enter_context(_last_rows_alone(model, batch, depth - 1))
-        reader = _Reader(batch, sites, None if attention is None else depth - 1)
+        reader = _Reader(batch, sites, () if attention is None else _narrow(model, depth - 1))
         stack.enter_context(reader.attached(model))
         with suppress(_AllReadError):
             model.base_model(**batch.inputs(), use_cache=False)
@@ -85,19 +85,19 @@ class _Reader:
     Args:
         batch: the batch that will run.
         sites: where to read.
-        narrow_layer: the layer inside which only the last rows exist.
+        narrow: the sites of which only the last rows exist.
     """
 
     def __init__(
         self,
         batch: PairBatch | PackedBatch,
         sites: Sequence[Site],
-        narrow_layer: int | None = None,
+        narrow: Container[Site] = (),
     ) -> None:
         self.values: SiteValues = {}
         self._batch = batch
         self._sites = sites
-        self._narrow_layer = narrow_layer
+        self._narrow = narrow
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
@@ -115,13 +115,22 @@ class _Reader:
 
     def _keep(self, site: Site, found: Any) -> None:
         x = first_output(found)
-        if site.layer == self._narrow_layer and site.component is not Component.LAYER:
+        if site in self._narrow:
             positive, negative = x[0].chunk(2)
         else:
+            # Some models flatten rows and tokens into one axis before the MLP.
+            x = x.reshape(*self._batch.input_ids.shape, -1)
             positive, negative = self._batch.positive.last(x), self._batch.negative.last(x)
         self.values[site] = positive, negative
         if len(self.values) == len(self._sites):
             raise _AllReadError
+
+
+def _narrow(model: PreTrainedModel, layer: int) -> list[Site]:
+    """The sites inside the modules that `_last_rows_alone` narrows."""
+    whole = architecture_of(model.config.model_type).own_blocks
+    inside = (Component.FFN, Component.NEURON) if whole else ()
+    return [Site(layer, component) for component in (Component.ATTENTION, *inside)]
 
 
 @contextmanager
@@ -129,11 +138,14 @@ def _last_rows_alone(model: PreTrainedModel, batch: PackedBatch, layer: int) -> 
     """Spare the output projection and the MLP of `layer` the tokens that nobody reads.
 
     Behind the attention of the last layer no token sees another; rows left out come back as
-    zeros, so that shapes stay what the model expects.
+    zeros, so that shapes stay what the model expects. An MLP that is no module of its own
+    computes them all.
     """
     architecture = architecture_of(model.config.model_type)
     rows = torch.cat([batch.positive.last_position, batch.negative.last_position])
-    mlp, _, _ = architecture.projection(Site(layer, Component.FFN)).rpartition(".")
+    paths = [architecture.projection(Site(layer, Component.ATTENTION))]
+    if architecture.own_blocks:
+        paths.append(architecture.projection(Site(layer, Component.FFN)).rpartition(".")[0])
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args[0][:, rows.to(args[0].device)], *args[1:]
@@ -144,7 +156,7 @@ def _last_rows_alone(model: PreTrainedModel, batch: PackedBatch, layer: int) -> 
         return whole
 
     with ExitStack() as stack:
-        for path in (architecture.projection(Site(layer, Component.ATTENTION)), mlp):
+        for path in paths:
             module = find_module(model, path)
             stack.callback(module.register_forward_pre_hook(select).remove)
             stack.callback(module.register_forward_hook(spread).remove)

@@ -7,7 +7,6 @@ itself. Later layers also read what is written: this is the direct effect alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters.architectures import architecture_of
-from austeer.adapters.attach import find_module
+from austeer.adapters.attach import final_modules, find_module
 from austeer.adapters.sites import Component, Site
 
 _WORD_STARTS = ("▁", "Ġ")
-# Norms between a block's output and the residual stream, by model type.
-_POST_NORMS: Mapping[str, Mapping[Component, str]] = {
-    "gemma2": {
-        Component.ATTENTION: "post_attention_layernorm",
-        Component.FFN: "post_feedforward_layernorm",
-        Component.NEURON: "post_feedforward_layernorm",
-    }
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +51,13 @@ def unit_logits(model: PreTrainedModel, site: Site, unit: int) -> Float[Tensor, 
     """
     row = architecture_of(model.config.model_type)
     direction = written_direction(model, site, unit)
-    post = _POST_NORMS.get(row.model_type, {}).get(site.component)
+    post = row.post_norm(site.component)
     if post is not None:
         norm = find_module(model, f"{row.layer.format(i=site.layer)}.{post}")
         direction = _response(norm, _at_rms_1(direction))
-    direction = _response(find_module(model, row.norm), _at_rms_1(direction))
+    direction = _at_rms_1(direction)
+    for module in final_modules(model, row):
+        direction = _response(module, direction)
     return _response(model.get_output_embeddings(), direction)
 
 

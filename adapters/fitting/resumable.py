@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import (
     SiteSteer,
+    final_modules,
     find_module,
     first_output,
     replaced_forward,
@@ -49,16 +50,19 @@ class ResumableDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, starts: Set[int]) -> None:
-        self._decoder = model.base_model
         self._starts = [divmod(start, len(PLACES)) for start in starts]
         architecture = architecture_of(model.config.model_type)
+        # Not always the base model: OPT's head calls what lies inside that.
+        self._decoder = find_module(model, architecture.decoder)
         paths = [architecture.layer.format(i=i) for i in range(model.config.num_hidden_layers)]
         self._layers = [find_module(model, path) for path in paths]
+        # Without blocks, a layer is run again as a whole.
+        within = paths if architecture.own_blocks else []
         self._attention, self._mlp = (
-            [_Block(model, f"{path}.{below}") for path in paths]
+            [_Block(model, f"{path}.{below}") for path in within]
             for below in (architecture.attention, architecture.mlp)
         )
-        self._norm = find_module(model, architecture.norm)
+        self._final = final_modules(model, architecture)
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
@@ -74,7 +78,8 @@ class ResumableDecoder:
                 # Before any steering hook, so that an output is kept as the layer gave it.
                 keep = partial(self._keep, number)
                 stack.callback(layer.register_forward_hook(keep, with_kwargs=True).remove)
-            for number in {number for number, place in self._starts if place < _LAYER}:
+            inside = {number for number, place in self._starts if place < _LAYER}
+            for number in inside if self._attention else ():
                 stack.enter_context(self._attention[number].recording())
                 stack.enter_context(self._mlp[number].recording())
             yield self
@@ -117,14 +122,16 @@ class ResumableDecoder:
             hidden = self._resume_layer(layer, PLACES[place])
         for number in range(layer + 1, len(self._layers)):
             hidden = self._call(number, hidden)
-        found: Tensor = self._norm(hidden)
-        return found
+        for module in self._final:
+            hidden = module(hidden)
+        return hidden
 
     def _resume_layer(self, number: int, component: Component) -> Tensor:
         later = component is not Component.ATTENTION
         with ExitStack() as stack:
-            stack.enter_context(self._attention[number].resumed(unchanged=later))
-            if later:
+            if self._attention:
+                stack.enter_context(self._attention[number].resumed(unchanged=later))
+            if self._mlp and later:
                 stack.enter_context(self._mlp[number].resumed(unchanged=False))
             return self._call(number, self._inputs[number])
 

@@ -208,9 +208,7 @@ class SiteLocator:
         if isinstance(projection, Refusal):
             return projection
         members = self._members[module]
-        own = [node for node in members if module_path(node)[-1] == module]
-        sums = [node.outputs[0] for node in own if node.domain == "" and node.op_type == "Add"]
-        leaving = _leaving(sums, set(members))
+        leaving = _leaving(self._sums(module), set(members))
         # What only a skip norm reads is a part of the sum that the norm computes.
         inner = [v for v in leaving if (node := _only_reader(v)) and is_skip_norm(node)]
         if len(leaving) == len(inner):
@@ -219,6 +217,19 @@ class SiteLocator:
             if hidden is not None:
                 return hidden
         return _only(site, module, leaving, "among the layer's own sums", projection)
+
+    def _sums(self, layer: str) -> list[ir.Value]:
+        """The sums that the layer itself computes, and those brought into another shape."""
+        own = self._members[layer]
+        if self._architecture.own_blocks:
+            own = [node for node in own if module_path(node)[-1] == layer]
+        sums = [node.outputs[0] for node in own if _standard(node, "Add")]
+        shaped = [node for node in own if _standard(node, "Reshape") and node.inputs[0] in sums]
+        return [*sums, *(node.outputs[0] for node in shaped)]
+
+
+def _standard(node: ir.Node, op_type: str) -> bool:
+    return node.domain == "" and node.op_type == op_type
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

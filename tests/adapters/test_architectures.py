@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from austeer.adapters import Component, ModelError, Site
+from austeer.adapters import (
+    Architecture,
+    Component,
+    ModelError,
+    Site,
+    SteeringAdapter,
+    architectures,
+    register_architecture,
+)
 from austeer.adapters.architectures import ARCHITECTURES, architecture_of
+from austeer.adapters.attach import final_modules
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -19,7 +30,9 @@ def test_paths_exist_and_widths_fit(tiny_model: Callable[..., Any], model_type: 
     heads = (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    named = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
+    found = (getattr(config, name, None) for name in named)
+    inner = next(filter(None, found), 4 * config.hidden_size)
     widths = {
         Component.ATTENTION: heads * config.num_attention_heads,
         Component.FFN: config.hidden_size,
@@ -36,7 +49,10 @@ def test_paths_exist_and_widths_fit(tiny_model: Callable[..., Any], model_type: 
         assert point.side == "output"
         assert type(model.get_submodule(point.module)).__name__.endswith(("Layer", "Block"))
     assert model.get_submodule(row.embedding) is model.get_input_embeddings()
-    model.get_submodule(row.norm)
+    assert model.get_submodule(row.unembedding) is model.get_output_embeddings()
+    assert final_modules(model, row)[0] is model.get_submodule(row.norm)
+    for norm in (row.attention_norm, row.mlp_norm):
+        assert norm is None or model.get_submodule(f"{row.layer.format(i=0)}.{norm}")
     assert row.num_layers(config.to_dict()) == 2
     assert model.base_model_prefix == row.prefix
 
@@ -47,6 +63,7 @@ def test_unknown_architecture_is_named_with_what_to_add(model_type: str | None) 
         architecture_of(model_type)
     assert repr(model_type) in str(error.value)
     assert "adapters/architectures.py" in str(error.value) and "llama" in str(error.value)
+    assert "austeer.adapters.register_architecture" in str(error.value)
 
 
 def test_names_on_disk_with_and_without_prefix() -> None:
@@ -59,3 +76,112 @@ def test_names_on_disk_with_and_without_prefix() -> None:
 def test_number_of_layers_must_be_there(config: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="num_hidden_layers or n_layer"):
         architecture_of("llama").num_layers(config)
+
+
+CODEGEN = Architecture(
+    "codegen",
+    prefix="transformer",
+    layer="transformer.h.{i}",
+    attention="attn.out_proj",
+    mlp="mlp.fc_out",
+    embedding="transformer.wte",
+    norm="transformer.ln_f",
+)
+
+
+@pytest.fixture
+def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten after it."""
+    for name in ("_TABLE", "ARCHITECTURES"):
+        table = dict(ARCHITECTURES) if name == "_TABLE" else architectures._TABLE
+        monkeypatch.setattr(architectures, name, table)
+
+
+@pytest.mark.usefixtures("own_table")
+def test_a_registered_architecture_is_steered_as_any_other() -> None:
+    from transformers import AutoModelForCausalLM, CodeGenConfig
+
+    torch.manual_seed(0)
+    config = CodeGenConfig(vocab_size=40, n_embd=16, n_layer=2, n_head=4, rotary_dim=4)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    ids = torch.arange(3, 11)[None]
+    with pytest.raises(ModelError, match="'codegen': not supported"):
+        SteeringAdapter.from_units(model, "neuron", [1], [3], [2.0])
+    register_architecture(CODEGEN)
+    assert architecture_of("codegen") is CODEGEN
+    adapter = SteeringAdapter.from_units(model, "neuron", [1], [3], [2.0])
+    with adapter.attached(model):
+        attached = model(ids).logits
+    model.transformer.h[1].mlp.fc_out.weight[:, 3] *= 3.0
+    torch.testing.assert_close(attached, model(ids).logits)
+
+
+@pytest.mark.usefixtures("own_table")
+def test_a_known_row_is_replaced_by_request_only() -> None:
+    register_architecture(ARCHITECTURES["llama"])
+    other = dataclasses.replace(ARCHITECTURES["llama"], mlp="mlp.w2")
+    with pytest.raises(ModelError, match=r"'llama'\): known already.* replace=True"):
+        register_architecture(other)
+    assert architecture_of("llama") != other
+    register_architecture(other, replace=True)
+    assert architecture_of("llama") is other
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("model_type", "", "the model_type of a config.json"),
+        ("layer", 3, "a string"),
+        ("layer", "model.layers", "{i} once"),
+        ("layer", "model.layers{i}", "{i} once"),
+        ("layer", "model.{i}", "such as model.layers.{i}"),
+        ("layer", "model.{i}.layers.{i}", "{i} once"),
+        ("layer", "encoder.layers.{i}", "below the prefix 'model'"),
+        ("norm", "norm", "below the prefix 'model'"),
+        ("mlp", "mlp.{i}", "a module path"),
+        ("mlp", ".down_proj", "a module path"),
+        ("attention", None, "a string"),
+        ("attention_norm", "", "a module path or None"),
+        ("layer_keys", (), "a tuple of names"),
+        ("layer_keys", "num_layers", "a tuple of names"),
+        ("tail", ["model.out"], "a tuple of names"),
+        ("masks", "two", "one of one, by_layer_type, tokens"),
+    ],
+)
+def test_a_malformed_row_is_refused_in_one_line(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(ModelError) as error:
+        Architecture(**{"model_type": "mine", field: value})
+    message = str(error.value)
+    assert f"{field}={value!r}: expected" in message and expected in message
+    assert "\n" not in message
+
+
+def test_the_table_is_read_only() -> None:
+    with pytest.raises(TypeError):
+        ARCHITECTURES["mine"] = CODEGEN  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("bloom", {"n_layer": 24}),
+        ("mpt", {"n_layers": 24}),
+        ("gpt_neo", {"num_layers": 24}),
+        ("gptj", {"n_layer": 24}),
+        ("falcon", {"num_hidden_layers": 24}),
+    ],
+)
+def test_number_of_layers_as_published(model_type: str, config: dict[str, Any]) -> None:
+    assert architecture_of(model_type).num_layers(config) == 24
+
+
+def test_optional_modules_and_wrong_ones(tiny_model: Callable[..., Any]) -> None:
+    """OPT 350m has no final norm; a path that is wrong is no optional module."""
+    row = architecture_of("opt")
+    model = tiny_model("opt", do_layer_norm_before=False)
+    assert final_modules(model, row) == [model.model.decoder.project_out]
+    model = tiny_model("opt", word_embed_proj_dim=32)
+    assert final_modules(model, row) == [model.model.decoder.final_layer_norm]
+    wrong = dataclasses.replace(row, norm="model.decoder.norm")
+    with pytest.raises(ModelError, match=r"has no module model\.decoder\.norm"):
+        final_modules(model, wrong)

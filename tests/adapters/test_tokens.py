@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from austeer.adapters import ContrastivePair, FitError, PairsError
-from austeer.adapters.tokens import PairTokens, plan_batches, token_limit, tokenize_pairs
+from austeer.adapters.tokens import (
+    PairTokens,
+    context_length,
+    plan_batches,
+    token_limit,
+    tokenize_pairs,
+)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
 
@@ -97,11 +103,17 @@ def test_long_texts_need_no_warning(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", (*MODEL_TYPES, "gptj", "gpt_neo", "opt", "mpt"))
 def test_token_limit(tiny_model: Callable[..., Any], model_type: str) -> None:
-    name = "n_positions" if model_type == "gpt2" else "max_position_embeddings"
+    own = {"gpt2": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
+    name = own.get(model_type, "max_position_embeddings")
     assert token_limit(tiny_model(model_type, **{name: 100})) == 100
     assert token_limit(tiny_model(model_type, **{name: 2048})) == 512
+
+
+def test_no_limit_of_its_own(tiny_model: Callable[..., Any]) -> None:
+    assert context_length(tiny_model("bloom")) is None
+    assert token_limit(tiny_model("bloom")) == 512
 
 
 def test_parts_of_a_tree() -> None:

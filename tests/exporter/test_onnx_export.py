@@ -33,9 +33,15 @@ pytest.importorskip("onnxruntime")
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
 # Layer, attention output projection, last projection of the MLP: stated again on purpose.
+# They make positions, masks or biases of their own.
+BIASED = ("opt", "bloom", "gpt_neo", "mpt")
 MODULES = dict.fromkeys(MODEL_TYPES, ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"))
 MODULES["gpt2"] = ("transformer.h.{}", "attn.c_proj", "mlp.c_proj")
 MODULES["gpt_neox"] = ("gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h")
+MODULES["opt"] = ("model.decoder.layers.{}", "self_attn.out_proj", "fc2")
+MODULES["bloom"] = ("transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h")
+MODULES["gpt_neo"] = ("transformer.h.{}", "attn.attention.out_proj", "mlp.c_proj")
+MODULES["mpt"] = ("transformer.blocks.{}", "attn.out_proj", "ffn.down_proj")
 
 NEW_TOKENS = 16
 PROMPTS = np.random.default_rng(5).integers(3, 40, (3, 7))
@@ -152,7 +158,7 @@ def test_grafted_graph_is_the_hooked_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", (*MODEL_TYPES, *BIASED))
 def test_padding_on_the_left_changes_nothing(
     model_type: str, bases: Any, tmp_path: Path
 ) -> None:
@@ -342,6 +348,11 @@ def test_rotary_embedding_that_depends_on_the_length_is_refused(tiny_model: Any)
     model = tiny_model("llama", rope_parameters=rope)
     with pytest.raises(RouteError, match=r"'dynamic'.*fold into safetensors"):
         export_graph(model)
+
+
+def test_alibi_in_bfloat16_is_refused(tiny_model: Any) -> None:
+    with pytest.raises(RouteError, match=r"falcon: its ALiBi .* fold into safetensors"):
+        export_graph(tiny_model("falcon", alibi=True))
 
 
 def test_untraceable_model_is_refused_in_one_line(tiny_model: Any) -> None:

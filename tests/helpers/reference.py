@@ -10,11 +10,28 @@ import torch
 from austeer.adapters import Component, Site
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
+PLAIN_LLAMAS = ("gemma3_text", "olmo2", "cohere", "granite", "stablelm", "smollm3")
+# More of them, each with the best layout of pairs that it can take.
+BEST_LAYOUT = {
+    **dict.fromkeys((*PLAIN_LLAMAS, "starcoder2", "phi", "opt"), "packed"),
+    **dict.fromkeys(("gptj", "falcon"), "tree"),
+    **dict.fromkeys(("bloom", "mpt", "gpt_neo"), "plain"),
+}
 # Layer, attention and MLP projections.
 PATHS = {
-    **dict.fromkeys(MODEL_TYPES, ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj")),
+    **dict.fromkeys(
+        (*MODEL_TYPES, *PLAIN_LLAMAS), ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj")
+    ),
     "gpt2": ("transformer.h.{}", "attn.c_proj", "mlp.c_proj"),
     "gpt_neox": ("gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h"),
+    "starcoder2": ("model.layers.{}", "self_attn.o_proj", "mlp.c_proj"),
+    "phi": ("model.layers.{}", "self_attn.dense", "mlp.fc2"),
+    "opt": ("model.decoder.layers.{}", "self_attn.out_proj", "fc2"),
+    "gptj": ("transformer.h.{}", "attn.out_proj", "mlp.fc_out"),
+    "gpt_neo": ("transformer.h.{}", "attn.attention.out_proj", "mlp.c_proj"),
+    "falcon": ("transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h"),
+    "bloom": ("transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h"),
+    "mpt": ("transformer.blocks.{}", "attn.out_proj", "ffn.down_proj"),
 }
 
 
@@ -25,7 +42,9 @@ def alone(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
     handles = []
 
     def keep(site: Site, x: Any) -> None:
-        found[site] = (x[0] if isinstance(x, tuple) else x)[0, -1]
+        x = x[0] if isinstance(x, tuple) else x
+        # Copied: Falcon adds to the MLP's output in place. OPT's has one axis less.
+        found[site] = x.reshape(-1, x.shape[-1])[-1].clone()
 
     for number in range(2):
         layer = model.get_submodule(layer_path.format(number))

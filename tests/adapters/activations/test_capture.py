@@ -256,11 +256,8 @@ def test_ids_outside_the_vocabulary(tiny_model: TinyModel) -> None:
 
 
 def test_unsupported_architecture() -> None:
-    from transformers import AutoModelForCausalLM, OPTConfig
+    from transformers import AutoModelForCausalLM, CodeGenConfig
 
-    config = OPTConfig(
-        vocab_size=40, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2,
-        word_embed_proj_dim=16, max_position_embeddings=128,
-    )  # fmt: skip
-    with pytest.raises(ModelError, match="'opt'"):
+    config = CodeGenConfig(vocab_size=40, n_embd=16, n_layer=2, n_head=4, rotary_dim=4)
+    with pytest.raises(ModelError, match="'codegen'"):
         list(capture(AutoModelForCausalLM.from_config(config), TOKENS, SITES))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import alone
+from reference import BEST_LAYOUT, alone
 from samples import some_tokens
 
 from austeer.adapters import Component, FitError, ModelError, Site
@@ -17,7 +17,7 @@ from austeer.adapters.activations.layouts import can_share_prompt, choose_layout
 
 TinyModel = Callable[..., Any]
 SITES = [Site(layer, component) for layer in range(2) for component in Component]
-WINDOWED = ("mistral", "phi3", "gemma2", "qwen2", "qwen3")
+WINDOWED = ("mistral", "phi3", "gemma2", "qwen2", "qwen3", "gemma3_text", "starcoder2")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 
@@ -44,6 +44,54 @@ def check_against_single_strings(model: Any, **options: Any) -> None:
                     torch.testing.assert_close(found, wanted[site], **TOLERANCE)
                     seen += 1
     assert seen == 2 * len(TOKENS) * len(SITES)
+
+
+@pytest.mark.parametrize("model_type", BEST_LAYOUT)
+def test_each_architecture_takes_the_best_layout_it_can(
+    tiny_model: TinyModel, model_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, best = tiny_model(model_type), BEST_LAYOUT[model_type]
+    assert choose_layout(model, TOKENS) == best
+    assert len(caplog.records) == (best != "packed")
+    check_against_single_strings(model)
+    check_against_single_strings(model, layout="plain", padding_side="left", token_budget=120)
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "falcon with ALiBi": ("falcon", {"alibi": True}, "plain"),
+    "falcon 40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "tree"),
+    "falcon in sequence": (
+        "falcon",
+        {"parallel_attn": False, "multi_query": False, "bias": True},
+        "tree",
+    ),
+    "opt 350m": ("opt", {"do_layer_norm_before": False}, "packed"),
+    "parallel stablelm": ("stablelm", {"use_parallel_residual": True}, "packed"),
+    "biased granite": ("granite", {"mlp_bias": True, "attention_bias": True}, "packed"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_an_architecture(tiny_model: TinyModel, name: str) -> None:
+    model_type, changes, best = VARIANTS[name]
+    model = tiny_model(model_type, **changes)
+    assert choose_layout(model, TOKENS) == best
+    check_against_single_strings(model)
+
+
+@pytest.mark.parametrize("layout", ["packed", "tree"])
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "gpt_neo"])
+def test_distances_by_place_are_known_beforehand(
+    tiny_model: TinyModel, model_type: str, layout: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In bfloat16 a trial on short pairs would take the deviation for rounding."""
+    model = tiny_model(model_type).to(torch.bfloat16)
+    short = some_tokens([(3, 1, 1), (2, 1, 2)])
+    assert choose_layout(model, short) == "plain"
+    assert "neither packed nor shared: the model counts distances" in caplog.text
+    assert not can_share_prompt(model, short)
+    with pytest.raises(ModelError, match=f"'{layout}': the model counts distances"):
+        list(capture(model, short, SITES, layout=layout))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

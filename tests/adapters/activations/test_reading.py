@@ -43,7 +43,7 @@ def test_the_last_layer_computes_the_last_tokens_alone(
     assert rows == {name: 4 if name in last else 12 for name in names}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox", "phi", "opt"])
 @pytest.mark.parametrize("tokens", [TOKENS, NO_PREFIX])
 def test_each_set_of_sites_reads_the_same(
     tiny_model: TinyModel, model_type: str, tokens: list[PairTokens]

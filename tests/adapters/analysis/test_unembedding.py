@@ -30,7 +30,10 @@ def drowned_logits(model: Any, site: Site, unit: int) -> Any:
 
 
 @pytest.mark.parametrize("component", [*Component])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "qwen2", "phi3", "gpt2", "gpt_neox", "phi", "falcon", "opt", "bloom", "mpt"],
+)
 def test_logits_are_those_of_a_stream_that_holds_the_unit_alone(
     tiny_model: Callable[..., Any], model_type: str, component: Component
 ) -> None:
@@ -42,6 +45,8 @@ def test_logits_are_those_of_a_stream_that_holds_the_unit_alone(
     # What a norm or head adds whatever it reads is no part of what the unit promotes.
     bias = getattr(model.get_submodule(row.norm), "bias", None)
     if bias is not None:
+        if model_type == "opt":
+            bias = model.model.decoder.project_out(bias)
         found = found - model.get_output_embeddings()(bias)
     logits = unit_logits(model, site, unit)
     torch.testing.assert_close(logits, found, rtol=2e-3, atol=2e-3)

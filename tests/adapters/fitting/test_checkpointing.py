@@ -12,7 +12,10 @@ from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import transformed
 from austeer.adapters.fitting.checkpointing import gradient_checkpointing
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
+MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox"),
+    *("phi", "falcon", "opt", "bloom", "gptj", "gpt_neo", "mpt"),
+)
 IDS = torch.arange(1, 33).reshape(2, 16)
 
 

@@ -19,7 +19,14 @@ from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.tokens import PairTokens
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
+# Residuals added inside a block, an MLP without a module, outputs changed in place.
+ODD_TYPES = ("bloom", "mpt", "opt", "opt-350m", "falcon", "gpt_neo")
 LAYERS = 3
+KEYS = {"gpt2": "n_layer", "gptj": "n_layer", "bloom": "n_layer", "mpt": "n_layers"}
+CHANGES: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"num_layers": 3, "attention_types": [[["global", "local", "global"], 1]]},
+    "opt-350m": {"do_layer_norm_before": False},
+}
 TOKENS = [
     PairTokens((1, 5, 6, 7), (8, 9), (10,), "p:1"),
     PairTokens((1, 9, 4), (11,), (12, 13, 14), "p:2"),
@@ -104,8 +111,10 @@ def passes(model: Any, run: Callable[[], Any]) -> list[int]:
 
 
 def build(tiny_model: Callable[..., Any], model_type: str) -> Any:
-    key = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
-    return tiny_model(model_type, **{key: LAYERS})
+    changes = CHANGES.get(model_type, {})
+    if model_type != "gpt_neo":
+        changes = {**changes, KEYS.get(model_type, "num_hidden_layers"): LAYERS}
+    return tiny_model(model_type.removesuffix("-350m"), **changes)
 
 
 @pytest.fixture
@@ -113,7 +122,7 @@ def llama(tiny_model: Callable[..., Any]) -> Any:
     return build(tiny_model, "llama")
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", (*MODEL_TYPES, *ODD_TYPES))
 def test_margins_are_those_of_each_candidate_alone(
     model_type: str, tiny_model: Callable[..., Any]
 ) -> None:

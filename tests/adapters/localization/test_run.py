@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference import BEST_LAYOUT
 
 from austeer.adapters import (
     Component,
@@ -156,6 +157,20 @@ def test_no_layout_changes_a_counter(
             assert clear.mean() > 0.9
             np.testing.assert_array_equal(mine.positive[clear], theirs.positive[clear])
             np.testing.assert_array_equal(mine.negative[clear], theirs.negative[clear])
+
+
+@pytest.mark.parametrize("model_type", BEST_LAYOUT)
+def test_the_chosen_layout_scores_as_plain_rows_do(
+    tiny_model: TinyModel, tiny_tokenizer: Any, model_type: str
+) -> None:
+    model, pairs = tiny_model(model_type), pairs_of(rows(24))
+    chosen = localize(model, tiny_tokenizer, pairs)
+    plain = localize(model, tiny_tokenizer, pairs, layout="plain", batch_size=5)
+    for name in COMPONENTS:
+        clear = (chosen.counts(name).near_ties == 0) & (plain.counts(name).near_ties == 0)
+        # A ReLU leaves many neurons at zero on both sides.
+        assert clear.mean() > (0.3 if (model_type, name) == ("opt", "neuron") else 0.9)
+        np.testing.assert_array_equal(chosen.beta(name)[clear], plain.beta(name)[clear])
 
 
 def test_order_of_pairs_does_not_matter(tiny_model: TinyModel, tiny_tokenizer: Any) -> None:
