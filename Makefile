@@ -9,7 +9,8 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # behind them; graphs and kernels.
 TESTS_4_57 := $(addprefix tests/adapters/, activations localization measurement fitting \
 	composition analysis test_loading.py test_attach.py test_fingerprint.py) \
-	tests/exporter/test_merge.py tests/exporter/test_verify.py tests/exporter/test_code_export.py \
+	tests/exporter/test_merge.py tests/exporter/test_verify.py \
+	tests/exporter/test_peft_export.py tests/exporter/test_code_export.py \
 	tests/adapters/test_modeling_austeer.py tests/test_routes.py \
 	tests/test_foreign_graphs.py tests/serving/test_optimum_ort.py tests/graphs
 TESTS_SERVING := tests/serving tests/test_foreign_graphs.py
@@ -39,7 +40,7 @@ venv:
 	@.ci/venv $(VENV) cpu,dev,bench constraints.txt
 
 venv-optimum:
-	@.ci/venv $(VENV)-optimum cpu,optimum,dev constraints-optimum.txt
+	@.ci/venv $(VENV)-optimum cpu,optimum,peft,dev constraints-optimum.txt
 
 venv-serving:
 	@.ci/venv $(VENV)-serving cpu,serving,dev constraints-serving.txt

@@ -10,9 +10,11 @@ from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, Run
 
 if TYPE_CHECKING:
     from austeer.exporter.code_export import export_code
+    from austeer.exporter.code_parity import verify_code
     from austeer.exporter.graft import GraftRequest, graft_job
     from austeer.exporter.merge import MergeSummary, merge_checkpoint
     from austeer.exporter.peft_export import PeftSummary, convert_peft
+    from austeer.exporter.peft_parity import verify_peft
     from austeer.exporter.products import Export, export_product, verify_product
     from austeer.exporter.run import RunReport, fit_job, run_job
     from austeer.exporter.stages import localize_job
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
         verify_checkpoint,
         verify_onnx,
     )
-    from austeer.exporter.verify_code import verify_code
-    from austeer.exporter.verify_peft import verify_peft
 
 __all__ = [
     "BaseOptions",
@@ -68,9 +68,9 @@ _LAZY = {
     "merge_checkpoint": "austeer.exporter.merge",
     "run_job": "austeer.exporter.run",
     "verify_checkpoint": "austeer.exporter.verify",
-    "verify_code": "austeer.exporter.verify_code",
+    "verify_code": "austeer.exporter.code_parity",
     "verify_onnx": "austeer.exporter.verify",
-    "verify_peft": "austeer.exporter.verify_peft",
+    "verify_peft": "austeer.exporter.peft_parity",
     "verify_product": "austeer.exporter.products",
 }
 

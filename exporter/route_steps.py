@@ -79,9 +79,9 @@ def prove_product(
     Raises:
         VerificationError: it does not load, or its files are not made of the base's.
     """
+    from austeer.exporter.code_parity import verify_code, verify_code_structure
+    from austeer.exporter.peft_parity import verify_peft
     from austeer.exporter.verify import verify_checkpoint, verify_fold_structure, verify_onnx
-    from austeer.exporter.verify_code import verify_code, verify_code_structure
-    from austeer.exporter.verify_peft import verify_peft
 
     model, tokenizer = base.model, base.tokenizer
     options: dict[str, Any] = {"scale": handling.scale, "force": handling.force}

@@ -4,8 +4,8 @@ Everything is judged against a float32 truth: the base in float32 with hooks. A 
 dtype earns an allowance on top of the float32 bound, measured and never guessed: for a fold
 see `austeer.exporter.allowance`; an ONNX graph also rounds activations, as the live model in
 that dtype does, so its allowance is twice the live model's own distance from the truth; a
-float32 graph of a reduced-precision base has none. `austeer.exporter.verify_peft` and
-`austeer.exporter.verify_code` prove the other products.
+float32 graph of a reduced-precision base has none. `austeer.exporter.peft_parity` and
+`austeer.exporter.code_parity` prove the other products.
 """
 
 from __future__ import annotations

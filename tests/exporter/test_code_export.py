@@ -34,8 +34,8 @@ from austeer.exporter import Route, code_export
 from austeer.exporter.cli import cli
 from austeer.exporter.code_check import private_code_cache, verify_code_structure
 from austeer.exporter.code_export import export_code
+from austeer.exporter.code_parity import verify_code
 from austeer.exporter.routes import candidate_components, resolve_strength, route_of
-from austeer.exporter.verify_code import verify_code
 
 PROMPTS = ("one day Tom felt happy and went to the park .", "Mia was sad")
 IDS = torch.tensor([[1, 5, 9, 7, 20, 11]])

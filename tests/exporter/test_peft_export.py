@@ -31,8 +31,8 @@ from austeer.adapters.sites import Component, Site
 from austeer.exporter.cli import cli
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.peft_export import convert_peft, write_peft
+from austeer.exporter.peft_parity import verify_peft
 from austeer.exporter.routes import Route, candidate_components, route_of
-from austeer.exporter.verify_peft import verify_peft
 
 LORA, IA3 = Route.LORA, Route.IA3
 O_PROJ, DOWN = "model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"
