@@ -105,9 +105,15 @@ def transformed(model: nn.Module, hookpoint: Hookpoint, steer: Steer) -> Iterato
     """Replace the activation at `hookpoint` by `steer(activation)` inside the context.
 
     Raises:
-        ModelError: the module does not exist.
+        ModelError: the module does not exist, or the model would not call it.
     """
     module = find_module(model, hookpoint.module)
+    config = getattr(model, "config", None)
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise ModelError(
+            f"{hookpoint.module}: with slow_but_exact and pretraining_tp the model computes "
+            "its projections without calling them; set config.slow_but_exact to False"
+        )
     if hookpoint.side == "input":
         handle = module.register_forward_pre_hook(lambda _, args: (steer(args[0]), *args[1:]))
     else:

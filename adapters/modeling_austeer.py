@@ -61,12 +61,18 @@ class Steer(nn.Module):
         side: `input` or `output` of that module.
         units: number of units k.
         rank: rank r of the predictor, 0 for constant gains.
+        config: the model's, whose `steering_scale` is the factor on γ.
+
+    Raises:
+        ValueError: another side.
     """
 
-    def __init__(self, module: str, side: str, units: int, rank: int) -> None:
+    def __init__(self, module: str, side: str, units: int, rank: int, config: Any) -> None:
         super().__init__()
+        if side not in ("input", "output"):
+            raise ValueError(f"config.json: steering of {module}: unknown side {side!r}")
         self.module, self.side, self.rank = module, side, rank
-        self.scale = 1.0
+        self._config = config
         self.register_buffer("index", torch.zeros(units, dtype=torch.int64))
         shapes: dict[str, tuple[int, ...]] = {"gamma": (units,)}
         if rank:
@@ -85,7 +91,7 @@ class Steer(nn.Module):
     def _amount(self, selected: Tensor) -> Tensor:
         """The product scale · γ · φ for the selected activations [..., k]."""
         there = selected.device
-        amount = self.scale * self.get_buffer("gamma").to(there)
+        amount = float(self._config.steering_scale) * self.get_buffer("gamma").to(there)
         if not self.rank:
             return amount
         V, b, U = (self.get_buffer(name).to(there) for name in "VbU")
@@ -103,13 +109,14 @@ class Steer(nn.Module):
         return self.steer(output)
 
     def attach(self, model: nn.Module) -> None:
-        """Hook into `model`, unless that has been done."""
+        """Hook into `model`, once: a hook of before stays behind where a module was wrapped."""
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                own = [key for key, h in hooks.items() if getattr(h, "__self__", None) is self]
+                for key in own:
+                    del hooks[key]
         module = model.get_submodule(self.module)
-        at_input = self.side == "input"
-        hooks = module._forward_pre_hooks if at_input else module._forward_hooks
-        if any(getattr(hook, "__self__", None) is self for hook in hooks.values()):
-            return
-        if at_input:
+        if self.side == "input":
             module.register_forward_pre_hook(self.on_input)
         else:
             module.register_forward_hook(self.on_output)
@@ -138,10 +145,13 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
         if type(self) is SteeredForCausalLM:
             raise TypeError("SteeredForCausalLM: load it with AutoModelForCausalLM")
         super().__init__(config, *args, **kwargs)
-        steers = {key: Steer(**facts) for key, facts in config.steering["sites"].items()}
+        sites = config.steering["sites"]
+        if not sites:
+            raise ValueError("config.json: steering has no sites; fetch the model again")
+        config.steering_scale = getattr(config, "steering_scale", 1.0)
+        steers = {key: Steer(**facts, config=config) for key, facts in sites.items()}
         # In the inner model, whose prefix a checkpoint's names have or lack all together.
         setattr(getattr(self, self.base_model_prefix), BANK, _nested(steers))
-        self.steering_scale = getattr(config, "steering_scale", 1.0)
         self.attach_steering()
 
     @property
@@ -154,11 +164,9 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
         if not math.isfinite(value):
             raise ValueError(f"steering_scale: expected a finite number, got {value}")
         self.config.steering_scale = float(value)
-        for steer in self._steers():
-            steer.scale = float(value)
 
     def attach_steering(self) -> None:
-        """Hook the steering in, also where a module was replaced since."""
+        """Hook the steering in, also where a module was replaced or wrapped since."""
         for steer in self._steers():
             steer.attach(self)
 
@@ -188,7 +196,7 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
         model, info = super().from_pretrained(
             name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
-        _check_numbers(model, info["missing_keys"])
+        _check_numbers(model, info["missing_keys"], info["unexpected_keys"])
         # Quantization on the fly replaces modules after they were hooked.
         model.attach_steering()
         return (model, info) if wants_info else model
@@ -230,6 +238,10 @@ def _config_class(base_type: str) -> Any:
     body = {
         "to_dict": lambda self: native.to_dict(self) | saved,
         "to_diff_dict": lambda self: native.to_diff_dict(self) | saved,
+        # Libraries load a config by the class of the one in memory.
+        "from_pretrained": classmethod(
+            lambda _, *a, **k: SteeredConfig.from_pretrained(*a, **k)
+        ),
         "_auto_class": "AutoConfig",
         "__module__": __name__,
     }
@@ -281,12 +293,17 @@ def _stored_names(native: Any) -> dict[str, str]:
     return found
 
 
-def _check_numbers(model: nn.Module, missing: Any) -> None:
+def _check_numbers(model: nn.Module, missing: Any, unexpected: Any) -> None:
     """Refuse a loaded model whose steering transformers left out or rounded; it only warns.
 
     Raises:
         ValueError: names the tensor.
     """
+    for name in unexpected:
+        if BANK in name.split("."):
+            raise ValueError(
+                f"steered model: config.json has no site for {name}; fetch it again"
+            )
     for name, tensor in model.named_buffers():
         if BANK not in name.split("."):
             continue

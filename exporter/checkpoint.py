@@ -11,7 +11,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -53,16 +55,20 @@ def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 def _copy_files(sources: Sequence[Path], targets: Sequence[Path]) -> None:
     # The kernel copies with one core for each call.
+    stopped = Event()
     with ThreadPoolExecutor(min(_COPIES, os.cpu_count() or 1)) as pool:
         try:
-            list(pool.map(copy_file, sources, targets))
+            list(pool.map(copy_file, sources, targets, repeat(stopped)))
         except BaseException:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def copy_file(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path, stopped: Event | None = None) -> None:
     """Copy content, never mode or links; the kernel clones blocks where it can.
+
+    Leaves a part of the file once `stopped` is set.
 
     Raises:
         ModelError: `source` cannot be opened.
@@ -77,7 +83,8 @@ def copy_file(source: Path, target: Path) -> None:
     with read, target.open("xb") as write:
         try:
             while os.copy_file_range(read.fileno(), write.fileno(), _RANGE):
-                pass
+                if stopped is not None and stopped.is_set():
+                    return
         except AttributeError:
             pass  # not on this platform
         except OSError as error:

@@ -46,6 +46,7 @@ def verify_code_structure(
         raise VerificationError(
             f"{code}: is not this release's modelling file, it was not run; export again"
         )
+    _check_foreign_code(folder)
     names = [set(steering_tensors(adapter, bare)) for bare in (False, True)]
     added = set(after) - set(before)
     if set(before) - set(after) or added not in names:
@@ -91,6 +92,16 @@ def _check_config(base: Path, folder: Path, adapter: SteeringAdapter, scale: flo
             f"{folder}/config.json: {different[0]} is not what the base and the adapter give; "
             "is it a product of both, at this scale?"
         )
+
+
+def _check_foreign_code(folder: Path) -> None:
+    """Refuse what transformers runs besides: `custom_generate`, a tokenizer's code."""
+    foreign = sorted(set(folder.rglob("*.py")) - {folder / CODE_NAME})
+    if foreign:
+        raise VerificationError(f"{foreign[0]}: is not ours, nothing was run; remove it")
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and read_json(path, ModelError, "").get("auto_map"):
+        raise VerificationError(f"{path}: names code (auto_map), nothing was run; remove that")
 
 
 def _check_tensors(before: Checkpoint, after: Checkpoint, steering: dict[str, Any]) -> None:

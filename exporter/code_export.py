@@ -72,7 +72,9 @@ def write_code(
     config = read_model_config(base)
     _refuse(base, config, adapter, scale)
     checkpoint = open_base(base, adapter, force=force)
-    copy_checkpoint(checkpoint, folder)
+    for path in map(folder.joinpath, copy_checkpoint(checkpoint, folder)):
+        if path.suffix == ".py":
+            path.unlink()
     steering = steering_tensors(adapter, _is_bare(checkpoint, adapter))
     write_tensors(folder / STEERING_NAME, steering, {"format": "pt"})
     _write_index(checkpoint, steering, folder)
@@ -91,10 +93,19 @@ def _refuse(
             f"{base}: its weights are quantized, and steering in code was not proved on those; "
             "steer the unquantized model"
         )
-    if config.get("auto_map"):
+    tokenizer = base / "tokenizer_config.json"
+    own = config.get("auto_map") or (
+        tokenizer.is_file() and read_json(tokenizer, ModelError, "").get("auto_map")
+    )
+    if own:
         raise RouteError(
             f"{base}: brings code of its own (auto_map), which a second modelling file cannot "
             "extend; export it to ONNX or attach it to the live model"
+        )
+    if config.get("slow_but_exact") and config.get("pretraining_tp", 1) > 1:
+        raise RouteError(
+            f"{base}: slow_but_exact with pretraining_tp calls no projection, so that no hook "
+            "runs; set slow_but_exact to false in its config.json"
         )
     if not any((steered.gamma * scale).any() for steered in adapter.sites):
         raise RouteError(f"nothing is steered at scale {scale:g}: every gain is 1")

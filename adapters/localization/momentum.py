@@ -70,6 +70,8 @@ class MomentumCounter:
 
     def update_layers(self, values: LayerValues) -> None:
         """Add the same P pairs to several layers: (positive, negative) of each layer."""
+        if not any(len(positive) for positive, _ in values.values()):
+            return
         if self._updates + len(values) > _CARRY_AFTER:
             self._carry()
         self._updates += len(values)

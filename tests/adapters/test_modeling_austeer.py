@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,12 +98,11 @@ def test_steered_as_attached(product: Any, model_type: str, component: str, rank
 @pytest.mark.parametrize("rank", [0, 2])
 def test_one_site_is_the_formula(rank: int) -> None:
     site = random_site(Site(0, Component.FFN), [4, 0, 9], rank, np.random.default_rng(rank))
-    steer = code.Steer("", "output", 3, rank)
+    steer = code.Steer("", "output", 3, rank, SimpleNamespace(steering_scale=0.7))
     parts = {"index": site.index, "gamma": site.gamma}
     if site.predictor:
         parts |= {name: getattr(site.predictor, name) for name in "VbU"}
     steer.load_state_dict({name: torch.from_numpy(part) for name, part in parts.items()})
-    steer.scale = 0.7
     x = np.random.default_rng(5).normal(size=(2, 3, 12)).astype(np.float32)
     found, expected = steer.steer(torch.from_numpy(x)).numpy(), steer_of(site, 0.7)(x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
@@ -268,6 +269,60 @@ def test_replaced_modules_are_steered_once_they_are_attached_again(product: Any)
     assert not torch.equal(logits(steered), expected)
     steered.attach_steering()
     assert torch.equal(logits(steered), expected)
+
+
+def test_a_wrapped_module_is_steered_once(product: Any) -> None:
+    """As peft wraps a projection: the hook of before sits on what is inside now."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x)
+
+    model, adapter, folder = product("llama", "attention")
+    steered = load_steered(folder)
+    for layer in steered.model.layers:
+        layer.self_attn.o_proj = Wrapped(layer.self_attn.o_proj)
+    steered.attach_steering()
+    assert torch.equal(logits(steered), attached(model, adapter))
+
+
+def test_the_strength_in_the_config_is_the_strength(product: Any) -> None:
+    model, adapter, folder = product("llama", "ffn", 0)
+    steered = load_steered(folder)
+    steered.config.steering_scale = 0.25
+    assert steered.steering_scale == 0.25
+    assert torch.equal(logits(steered), attached(model, adapter, 0.25))
+
+
+def test_the_config_in_memory_loads_the_checkpoint(product: Any) -> None:
+    _, _, folder = product()
+    config = load_steered(folder).config
+    again = type(config).from_pretrained(folder)
+    assert again.steering == config.steering and again.hidden_size == config.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda sites: sites.clear(), "steering has no sites"),
+        (lambda sites: sites.pop(next(iter(sites))), "config.json has no site for"),
+        (lambda sites: next(iter(sites.values())).update(side="Input "), "unknown side"),
+    ],
+)
+def test_a_damaged_config_does_not_load_unsteered(
+    product: Any, tmp_path: Path, change: Any, says: str
+) -> None:
+    _, _, folder = product()
+    copied = shutil.copytree(folder, tmp_path / "damaged")
+    config = json.loads((copied / "config.json").read_text())
+    change(config["steering"]["sites"])
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=says):
+        load_steered(copied)
 
 
 def test_made_from_its_config(product: Any) -> None:

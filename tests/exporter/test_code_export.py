@@ -273,9 +273,23 @@ def _append_code(folder: Path) -> None:
         stream.write("raise RuntimeError('ran')\n")
 
 
+def _plant_generate(folder: Path) -> None:
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("raise RuntimeError('ran')\n")
+
+
+def _name_tokenizer_code(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": []}})
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_plant_generate, "generate.py: is not ours, nothing was run"),
+        (_name_tokenizer_code, "names code"),
         (_poke("model.norm.weight"), "model.norm.weight differs from the base's"),
         (_poke("model.austeer.layers.1.layer.U"), "U differs from the adapter's"),
         (_append_code, "was not run"),
