@@ -151,7 +151,7 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
         config.steering_scale = getattr(config, "steering_scale", 1.0)
         steers = {key: Steer(**facts, config=config) for key, facts in sites.items()}
         # In the inner model, whose prefix a checkpoint's names have or lack all together.
-        setattr(getattr(self, self.base_model_prefix), BANK, _nested(steers))
+        setattr(self.get_submodule(self._decoder_name), BANK, _nested(steers))
         self.attach_steering()
 
     @property
@@ -170,8 +170,14 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
         for steer in self._steers():
             steer.attach(self)
 
+    @property
+    def _decoder_name(self) -> str:
+        """First part of every site's path; a class's `base_model_prefix` may be another."""
+        first = next(iter(self.config.steering["sites"].values()))
+        return str(first["module"].partition(".")[0])
+
     def _steers(self) -> Iterator[Steer]:
-        bank = self.get_submodule(f"{self.base_model_prefix}.{BANK}")
+        bank = self.get_submodule(f"{self._decoder_name}.{BANK}")
         return (module for module in bank.modules() if isinstance(module, Steer))
 
     @classmethod

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 
 from austeer.adapters import Component, Site
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
 PLAIN_LLAMAS = ("gemma3_text", "olmo2", "cohere", "granite", "stablelm", "smollm3")
+# In transformers 4 these two call no attention function of the caller's.
+OWN_ATTENTION = ("opt", "stablelm") if transformers.__version__ < "5" else ()
 # More of them, each with the best layout of pairs that it can take.
 BEST_LAYOUT = {
     **dict.fromkeys((*PLAIN_LLAMAS, "starcoder2", "phi", "opt"), "packed"),
+    **dict.fromkeys(OWN_ATTENTION, "tree"),
     **dict.fromkeys(("gptj", "falcon"), "tree"),
     **dict.fromkeys(("bloom", "mpt", "gpt_neo"), "plain"),
 }

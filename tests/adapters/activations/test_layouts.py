@@ -65,8 +65,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"parallel_attn": False, "multi_query": False, "bias": True},
         "tree",
     ),
-    "opt 350m": ("opt", {"do_layer_norm_before": False}, "packed"),
-    "parallel stablelm": ("stablelm", {"use_parallel_residual": True}, "packed"),
+    "opt 350m": ("opt", {"do_layer_norm_before": False}, BEST_LAYOUT["opt"]),
+    "parallel stablelm": (
+        "stablelm",
+        {"use_parallel_residual": True},
+        BEST_LAYOUT["stablelm"],
+    ),
     "biased granite": ("granite", {"mlp_bias": True, "attention_bias": True}, "packed"),
 }
 
