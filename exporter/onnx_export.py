@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -205,6 +206,11 @@ def _check_exportable(model: PreTrainedModel) -> None:
         raise RouteError(
             f"{model.config.model_type}: its ALiBi is computed in bfloat16, which the CPU "
             "provider of onnxruntime does not do; fold into safetensors instead"
+        )
+    if model.config.model_type == "mpt" and transformers.__version__ < "5":
+        raise RouteError(
+            "mpt: transformers 4 gives a graph with other logits; export it with transformers 5, "
+            "or fold into safetensors"
         )
     parameters = getattr(model.config, "rope_parameters", None) or getattr(
         model.config, "rope_scaling", None
