@@ -209,8 +209,8 @@ def _check_exportable(model: PreTrainedModel) -> None:
         )
     if model.config.model_type == "mpt" and transformers.__version__ < "5":
         raise RouteError(
-            "mpt: transformers 4 gives a graph with other logits; export it with transformers 5, "
-            "or fold into safetensors"
+            "mpt: transformers 4 gives a graph with other logits; export it with transformers "
+            "5, or fold into safetensors"
         )
     parameters = getattr(model.config, "rope_parameters", None) or getattr(
         model.config, "rope_scaling", None

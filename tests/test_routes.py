@@ -267,7 +267,7 @@ EXPORTED = (
 
 @pytest.mark.skipif(transformers.__version__ >= "5", reason="right with transformers 5")
 def test_mpt_is_not_exported_by_transformers_4(exported_base: Any) -> None:
-    with pytest.raises(RouteError, match="export it with transformers 5"):
+    with pytest.raises(RouteError, match="export it with transformers"):
         exported_base("mpt")
 
 
