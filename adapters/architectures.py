@@ -7,7 +7,7 @@ paths are those of the transformers class, `{i}` stands for the layer number.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -298,3 +298,13 @@ def architecture_of(model_type: str | None) -> Architecture:
         "give its module paths to austeer.adapters.register_architecture, or add a row to "
         "adapters/architectures.py"
     )
+
+
+def skips_projections(setting: Callable[[str, Any], Any]) -> bool:
+    """Whether a model multiplies by its projections without calling them: no hook would run.
+
+    Args:
+        setting: gives a key of the model's config, or the default that it is called with.
+    """
+    # BLOOM's way to the same sums as its training, in slices.
+    return bool(setting("slow_but_exact", False)) and setting("pretraining_tp", 1) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters.architectures import Architecture, Hookpoint
+from austeer.adapters.architectures import Architecture, Hookpoint, skips_projections
 from austeer.adapters.predictor import PHI_MAX, PHI_SHIFT
 from austeer.adapters.steered_site import SteeredSite
 
@@ -108,8 +109,7 @@ def transformed(model: nn.Module, hookpoint: Hookpoint, steer: Steer) -> Iterato
         ModelError: the module does not exist, or the model would not call it.
     """
     module = find_module(model, hookpoint.module)
-    config = getattr(model, "config", None)
-    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+    if skips_projections(partial(getattr, getattr(model, "config", None))):
         raise ModelError(
             f"{hookpoint.module}: with slow_but_exact and pretraining_tp the model computes "
             "its projections without calling them; set config.slow_but_exact to False"

@@ -109,12 +109,7 @@ class Steer(nn.Module):
         return self.steer(output)
 
     def attach(self, model: nn.Module) -> None:
-        """Hook into `model`, once: a hook of before stays behind where a module was wrapped."""
-        for module in model.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                own = [key for key, h in hooks.items() if getattr(h, "__self__", None) is self]
-                for key in own:
-                    del hooks[key]
+        """Hook into `model`."""
         module = model.get_submodule(self.module)
         if self.side == "input":
             module.register_forward_pre_hook(self.on_input)
@@ -167,6 +162,12 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
 
     def attach_steering(self) -> None:
         """Hook the steering in, also where a module was replaced or wrapped since."""
+        for module in self.modules():
+            # One of before stays behind on what a wrapper holds inside.
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                ours = [k for k, h in hooks.items() if isinstance(_owner(h), Steer)]
+                for key in ours:
+                    del hooks[key]
         for steer in self._steers():
             steer.attach(self)
 
@@ -212,6 +213,10 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
         if cls is SteeredForCausalLM:
             return _model_class(config)._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
+
+
+def _owner(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
 
 
 def _base_type(config: Mapping[str, Any]) -> str:

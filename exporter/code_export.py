@@ -15,6 +15,7 @@ from typing import Any
 from austeer.adapters._errors import ModelError, RouteError
 from austeer.adapters._files import publish_directory, read_json, write_json
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import skips_projections
 from austeer.adapters.card import model_card
 from austeer.adapters.steered_format import (
     CODE_NAME,
@@ -26,7 +27,7 @@ from austeer.adapters.steered_format import (
 from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, Tensors, write_tensors
 from austeer.exporter.checkpoint import copy_checkpoint
 from austeer.exporter.code_check import verify_code_structure
-from austeer.exporter.merge import open_base, read_model_config
+from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
 
 # transformers reads no second file beside one of the usual name.
 _ONLY_SHARD = "model-00001-of-00001.safetensors"
@@ -88,11 +89,9 @@ def write_code(
 def _refuse(
     base: Path, config: Mapping[str, Any], adapter: SteeringAdapter, scale: float
 ) -> None:
-    if config.get("quantization_config"):
-        raise RouteError(
-            f"{base}: its weights are quantized, and steering in code was not proved on those; "
-            "steer the unquantized model"
-        )
+    refuse_quantized(
+        base, "and steering in code was not proved on those; steer the unquantized model"
+    )
     tokenizer = base / "tokenizer_config.json"
     own = config.get("auto_map") or (
         tokenizer.is_file() and read_json(tokenizer, ModelError, "").get("auto_map")
@@ -102,7 +101,7 @@ def _refuse(
             f"{base}: brings code of its own (auto_map), which a second modelling file cannot "
             "extend; export it to ONNX or attach it to the live model"
         )
-    if config.get("slow_but_exact") and config.get("pretraining_tp", 1) > 1:
+    if skips_projections(config.get):
         raise RouteError(
             f"{base}: slow_but_exact with pretraining_tp calls no projection, so that no hook "
             "runs; set slow_but_exact to false in its config.json"

@@ -8,22 +8,20 @@ from typing import Any
 
 from austeer.adapters._errors import ModelError, VerificationError
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.attach import steering_hooks
 from austeer.adapters.fingerprint import module_reader
-from austeer.exporter.code_check import private_code_cache, verify_code_structure
+from austeer.exporter.code_check import private_code_cache
 from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
 from austeer.exporter.reference import (
     context_length,
     encode_prompts,
     float32_truth,
     greedy_continuation,
-    mean_agreement,
     model_logits,
+    steered_agreement,
     steered_logits,
 )
 from austeer.exporter.verify import reload_product
 
-__all__ = ["verify_code", "verify_code_structure"]
 _GREEDY_TOKENS, _GREEDY_PROMPTS = 16, 4
 
 
@@ -68,8 +66,7 @@ def verify_code(
         starts = encoded[:_GREEDY_PROMPTS]
         decoded = [greedy_continuation(product, ids, _GREEDY_TOKENS) for ids in starts]
     tolerance = float32_bound(found.peak)
-    with steering_hooks(truth, adapter.architecture, adapter.sites, scale):
-        greedy = mean_agreement(truth, starts, decoded, 2 * tolerance)
+    greedy = steered_agreement(truth, adapter, scale, starts, decoded, 2 * tolerance)
     return found.report("code", folder.name, len(encoded), tolerance=tolerance, greedy=greedy)
 
 

@@ -92,7 +92,11 @@ def write_folded(
 
     Arguments and errors as in `merge_checkpoint`; nothing is published or verified.
     """
-    _refuse_quantized(base)
+    refuse_quantized(
+        base,
+        "column gains do not fold into them; fold the unquantized model and quantize the "
+        "result",
+    )
     checkpoint = open_base(base, adapter, force=force)
     plan = plan_fold(adapter, checkpoint, shared_names(checkpoint), scale)
     if not isinstance(plan, FoldPlan):
@@ -146,12 +150,14 @@ def read_model_config(base: Path) -> dict[str, Any]:
     return read_json(path, ModelError, "download the whole model")
 
 
-def _refuse_quantized(base: Path) -> None:
+def refuse_quantized(base: Path, reason: str) -> None:
+    """Refuse a base with quantized weights; `reason` ends the message.
+
+    Raises:
+        RouteError: they are quantized.
+    """
     if read_model_config(base).get("quantization_config"):
-        raise RouteError(
-            f"{base}: its weights are quantized, column gains do not fold into them; "
-            "fold the unquantized model and quantize the result"
-        )
+        raise RouteError(f"{base}: its weights are quantized, {reason}")
 
 
 def _usage(scale: float) -> str:

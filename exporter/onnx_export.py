@@ -207,7 +207,7 @@ def _check_exportable(model: PreTrainedModel) -> None:
             f"{model.config.model_type}: its ALiBi is computed in bfloat16, which the CPU "
             "provider of onnxruntime does not do; fold into safetensors instead"
         )
-    if model.config.model_type == "mpt" and transformers.__version__ < "5":
+    if model.config.model_type == "mpt" and transformers.__version__.startswith("4."):
         raise RouteError(
             "mpt: transformers 4 gives a graph with other logits; export it with transformers "
             "5, or fold into safetensors"

@@ -21,7 +21,7 @@ from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.card import model_card
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.tensors import Checkpoint, Tensors, write_tensors
-from austeer.exporter.merge import open_base, read_model_config
+from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
 from austeer.exporter.peft_plan import PeftPlan, ia3_vector, lora_factors, plan_peft
 from austeer.exporter.plan import describe_refusals
 from austeer.exporter.routes import Route
@@ -112,7 +112,11 @@ def write_peft(
     """
     if route not in _NAMES:
         raise RouteError(f"route {route}: expected lora or ia3")
-    _refuse_quantized(base)
+    refuse_quantized(
+        base,
+        "the adapter's are not; convert for the unquantized model, peft loads the result onto "
+        "a quantized copy as well",
+    )
     checkpoint = open_base(base, adapter, force=force)
     plan = plan_peft(adapter, checkpoint, route, scale)
     if not isinstance(plan, PeftPlan):
@@ -154,14 +158,6 @@ def check_lora_base(base: Path, components: Iterable[Component]) -> None:
         raise RouteError(
             f"route lora: component ffn: {bias} must be scaled with the output, which a LoRA "
             "cannot; leave ffn out, or take route ia3 or safetensors"
-        )
-
-
-def _refuse_quantized(base: Path) -> None:
-    if read_model_config(base).get("quantization_config"):
-        raise RouteError(
-            f"{base}: its weights are quantized, the adapter's are not; convert for the "
-            "unquantized model, peft loads the result onto a quantized copy as well"
         )
 
 

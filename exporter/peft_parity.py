@@ -13,6 +13,7 @@ import torch
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.fingerprint import module_reader
+from austeer.adapters.loading import load_model
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
 from austeer.exporter.reference import (
@@ -59,7 +60,12 @@ def verify_peft(
     if base is None or _has_dtype_of(base, model, adapter):
         truth = float32_truth(model)
     else:
-        truth = _load_float32(base, model, trust_remote_code)
+        truth = load_model(
+            base,
+            device=str(model.device),
+            dtype="float32",
+            trust_remote_code=trust_remote_code,
+        )
     product = _with_peft(folder, truth)
     found = compare_logits(
         encoded,
@@ -80,15 +86,6 @@ def _has_dtype_of(base: Path, model: Any, adapter: SteeringAdapter) -> bool:
     name = f"{architecture.projection(adapter.sites[0].site)}.weight"
     entry = Checkpoint(base).find(architecture.disk_names(name))
     return entry is None or f"torch.{entry.numpy_dtype.name}" == str(model.dtype)
-
-
-def _load_float32(base: Path, model: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(
-        str(base), dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
-    return loaded.eval().to(model.device)
 
 
 def _with_peft(folder: Path, model: Any) -> Any:

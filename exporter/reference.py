@@ -114,9 +114,15 @@ def greedy_agreement(
     return 1.0
 
 
-def mean_agreement(
-    model: Any, starts: Sequence[Prompt], decoded: Sequence[Prompt], near_tie: float
+def steered_agreement(
+    model: Any,
+    adapter: SteeringAdapter,
+    scale: float,
+    starts: Sequence[Prompt],
+    decoded: Sequence[Prompt],
+    near_tie: float,
 ) -> float:
-    """Mean of `greedy_agreement` over prompts and their continuations."""
+    """Mean of `greedy_agreement` with the attached model over prompts and continuations."""
     pairs = zip(starts, decoded, strict=True)
-    return float(np.mean([greedy_agreement(model, *pair, near_tie) for pair in pairs]))
+    with steering_hooks(model, adapter.architecture, adapter.sites, scale):
+        return float(np.mean([greedy_agreement(model, *pair, near_tie) for pair in pairs]))

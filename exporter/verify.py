@@ -19,7 +19,6 @@ import torch
 
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.attach import steering_hooks
 from austeer.adapters.fingerprint import module_reader
 from austeer.exporter.allowance import SAFETY, fold_rounding, rounding_allowance
 from austeer.exporter.fold_check import verify_fold_structure
@@ -28,8 +27,8 @@ from austeer.exporter.reference import (
     context_length,
     encode_prompts,
     float32_truth,
-    mean_agreement,
     model_logits,
+    steered_agreement,
     steered_logits,
 )
 
@@ -126,8 +125,7 @@ def verify_onnx(
         tolerance += SAFETY * noise
     starts = encoded[:greedy_prompts]
     decoded = [runner.generate(ids, greedy_tokens) for ids in starts]
-    with steering_hooks(truth, adapter.architecture, adapter.sites, scale):
-        greedy = mean_agreement(truth, starts, decoded, 2 * tolerance)
+    greedy = steered_agreement(truth, adapter, scale, starts, decoded, 2 * tolerance)
     return found.report("onnx", folder.name, len(encoded), tolerance=tolerance, greedy=greedy)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from reference import TRANSFORMERS_4
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -261,11 +261,11 @@ def test_route_equals_the_truth(
 EXPORTED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox"),
     *("opt", "bloom", "gpt_neo"),
-    *(() if transformers.__version__ < "5" else ("mpt",)),
+    *(() if TRANSFORMERS_4 else ("mpt",)),
 )
 
 
-@pytest.mark.skipif(transformers.__version__ >= "5", reason="right with transformers 5")
+@pytest.mark.skipif(not TRANSFORMERS_4, reason="right with transformers 5")
 def test_mpt_is_not_exported_by_transformers_4(exported_base: Any) -> None:
     with pytest.raises(RouteError, match="export it with transformers"):
         exported_base("mpt")

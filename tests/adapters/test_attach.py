@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from austeer.adapters import Component, ModelError, Predictor, Site, SteeredSite
+from austeer.adapters import (
+    Component,
+    ModelError,
+    Predictor,
+    Site,
+    SteeredSite,
+    SteeringAdapter,
+)
 from austeer.adapters.architectures import Hookpoint, architecture_of
 from austeer.adapters.attach import rescale, steering_hooks, transformed
 
@@ -121,3 +128,17 @@ def test_layers_that_return_tuples_keep_the_rest() -> None:
     with transformed(net, Hookpoint("layer", "output"), lambda x: x * 2):
         hidden, rest = net["layer"](torch.ones(2))
     assert hidden.tolist() == [2, 2] and rest == "cache"
+
+
+def test_a_model_that_passes_its_projections_by_is_refused(
+    tiny_model: Callable[..., Any],
+) -> None:
+    """BLOOM's exact sums take the weights alone: steering would do nothing, unsaid."""
+    model = tiny_model("bloom", slow_but_exact=True, pretraining_tp=2)
+    adapter = SteeringAdapter.from_units(model, "attention", [0], [1], [2.0])
+    with pytest.raises(ModelError, match="slow_but_exact"), adapter.attached(model):
+        pass
+    assert hook_count(model) == 0
+    model.config.slow_but_exact = False
+    with adapter.attached(model):
+        assert hook_count(model) == 1

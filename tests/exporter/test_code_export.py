@@ -215,6 +215,15 @@ def _in_config(name: str, value: Any) -> Callable[[Path], None]:
     ("change", "scale", "error", "message"),
     [
         (_in_config("quantization_config", {"bits": 4}), 1.0, RouteError, "quantized"),
+        (
+            lambda folder: (
+                _in_config("slow_but_exact", True)(folder),
+                _in_config("pretraining_tp", 2)(folder),
+            ),
+            1.0,
+            RouteError,
+            "no hook runs",
+        ),
         (_in_config("auto_map", {"AutoConfig": "a.B"}), 1.0, RouteError, "code of its own"),
         (_in_config("model_type", "mistral"), 1.0, AdapterError, "for a llama model"),
         (lambda base: None, 0.0, RouteError, "nothing is steered at scale 0"),

@@ -12,8 +12,9 @@ from austeer.adapters import Component, Site
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
 PLAIN_LLAMAS = ("gemma3_text", "olmo2", "cohere", "granite", "stablelm", "smollm3")
-# In transformers 4 these two call no attention function of the caller's.
-OWN_ATTENTION = ("opt", "stablelm") if transformers.__version__ < "5" else ()
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+# There these two call no attention function of the caller's.
+OWN_ATTENTION = ("opt", "stablelm") if TRANSFORMERS_4 else ()
 # More of them, each with the best layout of pairs that it can take.
 BEST_LAYOUT = {
     **dict.fromkeys((*PLAIN_LLAMAS, "starcoder2", "phi", "opt"), "packed"),
