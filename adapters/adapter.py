@@ -188,8 +188,10 @@ class SteeringAdapter:
             SiteError: a site or unit that the base does not have.
         """
         check_sites(self.sites, self.architecture, num_layers, read)
+        if force:
+            return
         found = fingerprint(self.architecture, [s.site for s in self.sites], read)
-        if found != self.config.base_model_fingerprint and not force:
+        if found != self.config.base_model_fingerprint:
             raise AdapterError(
                 "adapter for another base model: made for "
                 f"{self.config.base_model_name_or_path!r} with fingerprint "

@@ -118,5 +118,5 @@ def module_reader(model: torch.nn.Module) -> ReadTensor:
 
 def _update(digest: hashlib._Hash, name: str, tensor: np.ndarray[Any, np.dtype[Any]]) -> None:
     digest.update(f"{name}{tuple(tensor.shape)}".encode())
-    rounded = np.ascontiguousarray(tensor.astype(ml_dtypes.bfloat16))
+    rounded = np.ascontiguousarray(tensor.astype(ml_dtypes.bfloat16, copy=False))
     digest.update(rounded.view(np.uint16).data)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -19,10 +19,14 @@ import numpy as np
 from austeer.adapters._errors import ModelError
 from austeer.adapters._files import publish_file
 
+if TYPE_CHECKING:
+    from io import FileIO
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
+_BLOCK = 1 << 22  # bytes
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -65,11 +69,15 @@ class TensorEntry:
         return DTYPES[self.dtype]
 
     def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The tensor, copied into memory."""
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            data = stream.read(self.size)
-        return np.frombuffer(data, dtype=self.numpy_dtype).reshape(self.shape).copy()
+        """The tensor, copied into memory.
+
+        Raises:
+            ModelError: a dtype without an equivalent, or a file that became shorter.
+            OSError: it cannot be read.
+        """
+        dtype = self.numpy_dtype
+        with self.file.open("rb", buffering=0) as stream:
+            return _read(stream, self, 0, self.size).view(dtype).reshape(self.shape)
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
@@ -128,6 +136,42 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
     _check_layout(file, list(entries.values()), 8 + length, total)
     return entries
+
+
+def read_rows(
+    entry: TensorEntry, stream: FileIO
+) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[Any]]]]:
+    """A tensor of one axis or more in blocks of rows: number of the first, and values.
+
+    Args:
+        entry: the tensor.
+        stream: its file, or another with the same bytes.
+
+    Raises:
+        ModelError: a dtype without an equivalent, or a file that became shorter.
+        OSError: it cannot be read.
+    """
+    dtype, (count, *rest) = entry.numpy_dtype, entry.shape
+    width = dtype.itemsize * math.prod(rest)
+    step = max(1, _BLOCK // max(1, width))
+    for first in range(0, count, step):
+        length = min(step, count - first)
+        data = _read(stream, entry, first * width, length * width)
+        yield first, data.view(dtype).reshape(length, *rest)
+
+
+def _read(
+    stream: FileIO, entry: TensorEntry, offset: int, size: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    data = np.empty(size, np.uint8)
+    rest = data.data
+    stream.seek(entry.start + offset)
+    while rest:
+        got = stream.readinto(rest)
+        if not got:
+            raise _corrupt(entry.file, f"it ends within {entry.name}")
+        rest = rest[got:]
+    return data
 
 
 def read_tensors(file: Path) -> tuple[dict[str, str], Tensors]:

@@ -1,121 +1,168 @@
-"""Copies a checkpoint byte for byte and patches tensors in the copy; no torch, no model.
+"""Copies a checkpoint and changes tensors on the way; no torch, no model.
 
-Memory is that of one tensor; files share disk blocks with the base where the filesystem can.
+What stays as it is goes from file to file in the kernel, which shares disk blocks where the
+filesystem can; memory is that of some rows of one tensor for each core.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, TensorEntry
+from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, TensorEntry, read_rows
+from austeer.exporter._threads import run_in_threads
+
+if TYPE_CHECKING:
+    from io import FileIO
 
 _BUFFER = 1 << 20
-_RANGE = 1 << 28
-_COPIES = 4  # files copied at once
+_RANGE = 1 << 26
 _SUFFIXES = {".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"}
 _LEGAL = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
 _TEMPLATES = "additional_chat_templates"  # the one subfolder that tokenizers read
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-_NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+Rows = np.ndarray[Any, np.dtype[Any]]
+ChangeRows = Callable[[Rows, int], int]
+"""Changes rows of a tensor in place, given the number of the first; says how many values."""
 
 
-def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What `copy_checkpoint` wrote.
+
+    Attributes:
+        names: the files, relative, sorted.
+        changed: values that now have other bits.
+    """
+
+    names: tuple[str, ...]
+    changed: int
+
+
+def copy_checkpoint(
+    checkpoint: Checkpoint,
+    folder: Path,
+    changes: Mapping[str, ChangeRows] | None = None,
+    check: Callable[[], None] | None = None,
+) -> Copied:
     """Copy weights, config, tokenizer, templates, custom code and licence into `folder`.
 
     Other weight formats, pickles, the model card, dot files and subfolders stay behind;
     symlinks are followed.
 
-    Returns:
-        Names of the copied files, relative, sorted.
+    Args:
+        checkpoint: the base.
+        folder: an existing directory.
+        changes: what to do to tensors, by stored name.
+        check: runs beside the copying; what it raises ends that.
 
     Raises:
         ModelError: a file of the base cannot be read.
         OSError: the copy cannot be written.
     """
+    changes = changes or {}
     sources = sorted([*checkpoint.files, *_companions(checkpoint)])
     names = [source.relative_to(checkpoint.root) for source in sources]
-    targets = [folder / name for name in names]
-    for parent in {target.parent for target in targets}:
+    for parent in {(folder / name).parent for name in names}:
         parent.mkdir(exist_ok=True)
-    _copy_files(sources, targets)
-    return [str(name) for name in names]
+    edits: dict[Path, list[tuple[TensorEntry, ChangeRows]]] = {}
+    for name, change in changes.items():
+        edits.setdefault(checkpoint[name].file, []).append((checkpoint[name], change))
+    tasks: list[Callable[[Event], int]] = [
+        partial(copy_file, source, folder / name, changes=edits.get(source, ()))
+        for source, name in zip(sources, names, strict=True)
+    ]
+    if check is not None:
+        tasks.insert(0, lambda _: check() or 0)
+    return Copied(tuple(map(str, names)), sum(run_in_threads(tasks)))
 
 
-def _copy_files(sources: Sequence[Path], targets: Sequence[Path]) -> None:
-    # The kernel copies with one core for each call.
-    stopped = Event()
-    with ThreadPoolExecutor(min(_COPIES, os.cpu_count() or 1)) as pool:
-        try:
-            list(pool.map(copy_file, sources, targets, repeat(stopped)))
-        except BaseException:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def copy_file(source: Path, target: Path, stopped: Event | None = None) -> None:
+def copy_file(
+    source: Path,
+    target: Path,
+    stopped: Event | None = None,
+    changes: Iterable[tuple[TensorEntry, ChangeRows]] = (),
+) -> int:
     """Copy content, never mode or links; the kernel clones blocks where it can.
 
     Leaves a part of the file once `stopped` is set.
 
+    Returns:
+        How many values were changed.
+
     Raises:
-        ModelError: `source` cannot be opened.
+        ModelError: `source` cannot be read, or became shorter.
         OSError: `target` exists or cannot be written.
     """
+    changed = position = 0
+    with _open_source(source) as read, target.open("xb", buffering=0) as write:
+        size = os.fstat(read.fileno()).st_size
+        for entry, change in sorted(changes, key=lambda one: one[0].start):
+            _copy_range(read, write, position, entry.start, stopped)
+            for first, rows in read_rows(entry, read):
+                changed += change(rows, first)
+                _write_all(write, rows.reshape(-1).view(np.uint8).data)
+            position = entry.start + entry.size
+        _copy_range(read, write, position, size, stopped)
+    return changed
+
+
+def _open_source(source: Path) -> FileIO:
     try:
-        read = source.open("rb")
+        return source.open("rb", buffering=0)
     except OSError as error:
-        raise ModelError(
-            f"{source}: cannot read it ({error.strerror}); fetch the model again"
-        ) from error
-    with read, target.open("xb") as write:
-        try:
-            while os.copy_file_range(read.fileno(), write.fileno(), _RANGE):
-                if stopped is not None and stopped.is_set():
-                    return
-        except AttributeError:
-            pass  # not on this platform
-        except OSError as error:
-            if error.errno not in _NO_RANGE_COPY:
-                raise
-        # Some filesystems claim the end early; both files stand where the kernel stopped.
-        shutil.copyfileobj(read, write, _BUFFER)
+        raise _unreadable(source, error) from error
 
 
-def patch_tensor(
-    entry: TensorEntry,
-    folder: Path,
-    change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
-) -> int:
-    """Rewrite one tensor of a copied checkpoint in place.
+def _copy_range(
+    read: FileIO, write: FileIO, start: int, end: int, stopped: Event | None
+) -> None:
+    """Copy bytes [start, end) to the same place; `write` stands there before and after."""
+    while start < end and not (stopped is not None and stopped.is_set()):
+        done = _range_in_kernel(read, write, start, min(_RANGE, end - start))
+        start += done or _range_by_hand(read, write, start, min(_BUFFER, end - start))
 
-    Args:
-        entry: the tensor in the base.
-        folder: the copy.
-        change: new values from the base's; same shape and dtype.
 
-    Returns:
-        How many values differ from the base's, bit for bit.
-    """
-    before = entry.read()
-    after = np.ascontiguousarray(change(before))
-    with (folder / entry.file.name).open("r+b") as stream:
-        stream.seek(entry.start)
-        stream.write(after.view(np.uint8).data)
-    bits = np.dtype(f"u{after.itemsize}")
-    return int(np.count_nonzero(before.view(bits) != after.view(bits)))
+def _range_in_kernel(read: FileIO, write: FileIO, start: int, length: int) -> int:
+    """Bytes copied; 0 where the kernel can't, whatever its reason."""
+    try:
+        return os.copy_file_range(read.fileno(), write.fileno(), length, start)
+    except (AttributeError, OSError):
+        # Not on this platform or filesystem; or an error that reading and writing will name.
+        return 0
+
+
+def _range_by_hand(read: FileIO, write: FileIO, start: int, length: int) -> int:
+    source = Path(os.fsdecode(read.name))
+    try:
+        read.seek(start)
+        data = read.read(length)
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    if not data:
+        raise ModelError(f"{source}: became shorter while it was read; fetch the file again")
+    _write_all(write, data)
+    return len(data)
+
+
+def _write_all(write: FileIO, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[write.write(rest) :]
+
+
+def _unreadable(source: Path, error: OSError) -> ModelError:
+    return ModelError(f"{source}: cannot read it ({error.strerror}); fetch the model again")
 
 
 def shared_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:

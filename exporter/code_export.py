@@ -73,7 +73,7 @@ def write_code(
     config = read_model_config(base)
     _refuse(base, config, adapter, scale)
     checkpoint = open_base(base, adapter, force=force)
-    for path in map(folder.joinpath, copy_checkpoint(checkpoint, folder)):
+    for path in map(folder.joinpath, copy_checkpoint(checkpoint, folder).names):
         if path.suffix == ".py":
             path.unlink()
     steering = steering_tensors(adapter, _is_bare(checkpoint, adapter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,20 +28,61 @@ def fold_tensor(tensor: Array, edits: Sequence[TensorEdit]) -> Array:
     Raises:
         RouteError: a value leaves the dtype's range; names the tensor and the unit.
     """
-    gains = [np.ones(length) for length in tensor.shape]
-    for edit in edits:
-        gains[edit.axis][edit.index] *= edit.gain
     folded = tensor.copy()
-    for edit in edits:
-        before = tensor.take(edit.index, axis=edit.axis)
+    fold_rows(folded, 0, edits)
+    return folded
+
+
+def fold_rows(rows: Array, first: int, edits: Sequence[TensorEdit]) -> int:
+    """Do to some rows of a tensor, in place, what `fold_tensor` does to all of them.
+
+    Args:
+        rows: successive rows.
+        first: number of the first of them.
+        edits: edits of the whole tensor.
+
+    Returns:
+        How many values have other bits now.
+
+    Raises:
+        RouteError: as for `fold_tensor`.
+    """
+    parts = [part for edit in edits if len((part := _within(edit, first, len(rows))).index)]
+    if not parts:
+        return 0
+    gains = [np.ones(length) for length in rows.shape]
+    for part in parts:
+        gains[part.axis][part.index] *= part.gain
+    # All slices are taken before one is written: they may cross.
+    befores = [rows.take(part.index, axis=part.axis) for part in parts]
+    afters = []
+    for part, before in zip(parts, befores, strict=True):
         wide = before.astype(np.float64)
         for axis, gain in enumerate(gains):
-            factor = gain[edit.index] if axis == edit.axis else gain
-            wide *= factor.reshape([-1 if axis == other else 1 for other in range(wide.ndim)])
-        after = round_once(wide, tensor.dtype)
-        _check_range(before, after, edit)
-        folded[(slice(None),) * edit.axis + (edit.index,)] = after
-    return folded
+            factor = gain[part.index] if axis == part.axis else gain
+            if axis == part.axis or len(parts) > 1:
+                wide *= factor.reshape([-1 if axis == i else 1 for i in range(wide.ndim)])
+        afters.append(round_once(wide, rows.dtype))
+        _check_range(before, afters[-1], part, first)
+    whole = rows.copy() if len(parts) > 1 else None
+    for part, after in zip(parts, afters, strict=True):
+        rows[(slice(None),) * part.axis + (part.index,)] = after
+    if whole is not None:
+        return _differing(whole, rows)
+    return _differing(befores[0], afters[0])
+
+
+def _within(edit: TensorEdit, first: int, count: int) -> TensorEdit:
+    """The part of an edit that falls into rows [first, first + count), numbered from there."""
+    if edit.axis:
+        return edit
+    inside = (edit.index >= first) & (edit.index < first + count)
+    return dataclasses.replace(edit, index=edit.index[inside] - first, gain=edit.gain[inside])
+
+
+def _differing(before: Array, after: Array) -> int:
+    bits = np.dtype(f"u{before.itemsize}")
+    return int(np.count_nonzero(before.view(bits) != after.view(bits)))
 
 
 def round_once(wide: Float[np.ndarray, "*shape"], dtype: np.dtype[Any]) -> Array:
@@ -59,12 +101,13 @@ def round_once(wide: Float[np.ndarray, "*shape"], dtype: np.dtype[Any]) -> Array
         return np.asarray(odd.astype(dtype))
 
 
-def _check_range(before: Array, after: Array, edit: TensorEdit) -> None:
+def _check_range(before: Array, after: Array, edit: TensorEdit, first: int) -> None:
     left = np.isfinite(before.astype(np.float64)) & ~np.isfinite(after.astype(np.float64))
     if not left.any():
         return
     row = int(np.argwhere(left)[0][edit.axis])
+    unit = edit.index[row] + (0 if edit.axis else first)
     raise RouteError(
-        f"{edit.name}: unit {edit.index[row]} times gain {edit.gain[row]:g} leaves the range "
+        f"{edit.name}: unit {unit} times gain {edit.gain[row]:g} leaves the range "
         f"of {after.dtype}; lower the scale, or fold a checkpoint with a wider dtype"
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import ml_dtypes
@@ -20,9 +22,11 @@ from austeer.adapters._errors import ModelError, VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite
-from austeer.adapters.tensors import Checkpoint, TensorEntry
+from austeer.adapters.tensors import Checkpoint, TensorEntry, read_rows
+from austeer.exporter._threads import run_in_threads
 
 Array = np.ndarray[Any, Any]
+Gain = Float[np.ndarray, " width"]
 _CHUNK = 1 << 24
 _SLACK = 1e-15  # rounding of float64 products, relative
 
@@ -80,15 +84,18 @@ def verify_fold_structure(
             raise VerificationError(
                 f"{folder}: {name} differs from the base, the adapter does not touch it"
             )
-    worst = max(
-        _tensor_error(before[name], after[name], by_axis) for name, by_axis in gains.items()
+    errors = run_in_threads(
+        [
+            partial(_tensor_error, before[name], after[name], by_axis)
+            for name, by_axis in gains.items()
+        ]
     )
-    return StructureReport(tuple(sorted(gains)), len(others), worst)
+    return StructureReport(tuple(sorted(gains)), len(others), max(errors))
 
 
 def _gains(
     adapter: SteeringAdapter, checkpoint: Checkpoint, scale: float
-) -> Iterator[tuple[str, dict[int, Float[np.ndarray, " width"]]]]:
+) -> Iterator[tuple[str, dict[int, Gain]]]:
     """Per touched tensor the full gain vector of each axis."""
     found: dict[str, dict[int, Array]] = {}
     for steered in adapter.sites:
@@ -115,17 +122,39 @@ def _dense_gain(steered: SteeredSite, width: int, scale: float) -> Float[np.ndar
 
 
 def _tensor_error(
-    before: TensorEntry, after: TensorEntry, gains: dict[int, Float[np.ndarray, " width"]]
+    before: TensorEntry, after: TensorEntry, gains: dict[int, Gain], stopped: Event
 ) -> float:
     """Largest error of one touched tensor, in units of the bound; above 1 is an error."""
-    old, new = before.read(), after.read()
+    worst = 0.0
+    with before.file.open("rb", buffering=0) as old, after.file.open("rb", buffering=0) as new:
+        blocks = zip(read_rows(before, old), read_rows(after, new), strict=True)
+        for (first, old_rows), (_, new_rows) in blocks:
+            here = gains | {0: gains[0][first : first + len(old_rows)]} if 0 in gains else gains
+            if (error := _rows_error(old_rows, new_rows, here)) is None:
+                raise VerificationError(
+                    f"{after.file}: {after.name} differs where no unit is steered"
+                )
+            # Not its opposite: an error may be nan.
+            if not error <= 1.0:
+                raise VerificationError(
+                    f"{after.file}: {after.name} is not the base times its gains: a value is "
+                    f"off by {error:.3g} roundings of {before.dtype}, expected at most 1; "
+                    "fold again"
+                )
+            worst = max(worst, error)
+            if stopped.is_set():
+                break
+    return worst
+
+
+def _rows_error(old: Array, new: Array, gains: dict[int, Gain]) -> float | None:
+    """Largest error of some rows; None where a value differs that no gain touches."""
     steered = {axis: np.flatnonzero(gain != 1.0) for axis, gain in gains.items()}
-    bits = np.dtype(f"u{old.itemsize}")
-    different = old.view(bits) != new.view(bits)
+    different = _bits(old) != _bits(new)
     for axis, units in steered.items():
-        different = np.delete(different, units, axis)
+        different[(slice(None),) * axis + (units,)] = False
     if different.any():
-        raise VerificationError(f"{after.file}: {after.name} differs where no unit is steered")
+        return None
     if not any(map(len, steered.values())):
         return 0.0
     if len(steered) == 1:
@@ -133,18 +162,14 @@ def _tensor_error(
         ((axis, units),) = steered.items()
         old, new = old.take(units, axis), new.take(units, axis)
         gains = {axis: gains[axis][units]}
-    error = _largest_error(old, new, gains)
-    if not error <= 1.0:
-        raise VerificationError(
-            f"{after.file}: {after.name} is not the base times its gains: a value is off by "
-            f"{error:.3g} roundings of {old.dtype}, expected at most 1; fold again"
-        )
-    return error
+    return _largest_error(old, new, gains)
 
 
-def _largest_error(
-    old: Array, new: Array, gains: dict[int, Float[np.ndarray, " width"]]
-) -> float:
+def _bits(rows: Array) -> Array:
+    return rows.view(np.dtype(f"u{rows.itemsize}"))
+
+
+def _largest_error(old: Array, new: Array, gains: dict[int, Gain]) -> float:
     """Largest |W' − g ⊙ W| over what one rounding of that value may be; axes as stored."""
     wide = old.astype(np.float64)
     for axis, gain in gains.items():

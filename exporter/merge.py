@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.checkpoint import copy_checkpoint, patch_tensor, shared_names
-from austeer.exporter.fold import fold_tensor
+from austeer.exporter.checkpoint import copy_checkpoint, shared_names
+from austeer.exporter.fold import fold_rows
 from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
 
@@ -97,15 +98,17 @@ def write_folded(
         "column gains do not fold into them; fold the unquantized model and quantize the "
         "result",
     )
-    checkpoint = open_base(base, adapter, force=force)
+    checkpoint, check = _open(base, adapter, force)
     plan = plan_fold(adapter, checkpoint, shared_names(checkpoint), scale)
     if not isinstance(plan, FoldPlan):
+        check()
         raise RouteError(f"this adapter cannot fold: {describe_refusals(plan)}")
-    files = copy_checkpoint(checkpoint, folder)
-    changed = 0
-    for name, edits in plan.by_tensor().items():
-        changed += patch_tensor(checkpoint[name], folder, partial(fold_tensor, edits=edits))
-    if changed == 0:
+    changes = {
+        name: partial(fold_rows, edits=edits) for name, edits in plan.by_tensor().items()
+    }
+    # Hashing what the adapter touches takes longer than copying it: one core does each.
+    copied = copy_checkpoint(checkpoint, folder, changes, check)
+    if copied.changed == 0:
         raise RouteError(
             f"the fold changes no value at scale {scale:g}: every gain is 1, or vanishes in "
             "the checkpoint's dtype; raise the scale, or fold a float32 checkpoint"
@@ -114,7 +117,9 @@ def write_folded(
     (folder / "README.md").write_text(card, encoding="utf-8")
     units = sum(len(steered.index) for steered in adapter.sites)
     names = tuple(plan.by_tensor())
-    return MergeSummary(folder, (*files, "README.md"), names, units, changed, scale)
+    return MergeSummary(
+        folder, (*copied.names, "README.md"), names, units, copied.changed, scale
+    )
 
 
 def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> Checkpoint:
@@ -125,6 +130,15 @@ def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> C
         AdapterError: other model type, or other weights (unless `force`).
         SiteError: a unit or layer that the base does not have.
     """
+    checkpoint, check = _open(base, adapter, force)
+    check()
+    return checkpoint
+
+
+def _open(
+    base: Path, adapter: SteeringAdapter, force: bool
+) -> tuple[Checkpoint, Callable[[], None]]:
+    """The checkpoint, and what remains of the check of `open_base`: it reads weights."""
     config = read_model_config(base)
     expected = adapter.config.model_type
     if config.get("model_type") != expected:
@@ -134,8 +148,8 @@ def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> C
         )
     checkpoint = Checkpoint(base)
     read = checkpoint_reader(adapter.architecture, checkpoint)
-    adapter.check_base(read, adapter.architecture.num_layers(config), force)
-    return checkpoint
+    num_layers = adapter.architecture.num_layers(config)
+    return checkpoint, partial(adapter.check_base, read, num_layers, force)
 
 
 def read_model_config(base: Path) -> dict[str, Any]:

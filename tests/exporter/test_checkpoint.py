@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from austeer.adapters import ModelError
+from austeer.adapters import ModelError, tensors
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.checkpoint import copy_checkpoint, copy_file, patch_tensor, shared_names
+from austeer.exporter.checkpoint import copy_checkpoint, copy_file, shared_names
 
 TAKEN = (
     "LICENSE",
@@ -80,7 +82,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def test_copies_what_loading_needs_and_nothing_else(base: Path, out: Path) -> None:
-    names = copy_checkpoint(Checkpoint(base), out)
+    names = copy_checkpoint(Checkpoint(base), out).names
     template = "additional_chat_templates/tool_use.jinja"
     expected = {"config.json", "model.safetensors", template, *TAKEN}
     found = listing(out)
@@ -112,7 +114,7 @@ def test_dangling_link_is_named(base: Path, out: Path) -> None:
 
 def test_sharded_copies_the_index(saved_model: Callable[..., Path], out: Path) -> None:
     base = saved_model("llama", max_shard_size="20KB")
-    names = copy_checkpoint(Checkpoint(base), out)
+    names = copy_checkpoint(Checkpoint(base), out).names
     assert "model.safetensors.index.json" in names
     assert sum(name.endswith(".safetensors") for name in names) > 1
     assert listing(out).items() <= listing(base).items()
@@ -124,29 +126,61 @@ def test_stale_index_beside_a_single_file_stays_behind(base: Path, out: Path) ->
     assert not (out / "model.safetensors.index.json").exists()
 
 
-def test_patch_changes_one_tensor_and_counts(base: Path, out: Path) -> None:
+def test_a_change_touches_one_tensor_and_is_counted(base: Path, out: Path) -> None:
     checkpoint = Checkpoint(base)
-    copy_checkpoint(checkpoint, out)
-
-    def double_last_row(tensor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        changed = tensor.copy()
-        changed[2] *= 2
-        return changed
-
-    assert patch_tensor(checkpoint["a"], out, double_last_row) == 4
-    patched = Checkpoint(out)
-    assert patched["a"].read()[2].tolist() == [16, 18, 20, 22]
     entry = checkpoint["a"]
+
+    def double_last_row(rows: np.ndarray[Any, Any], first: int) -> int:
+        rows[2 - first] *= 2
+        return 4
+
+    assert copy_checkpoint(checkpoint, out, {"a": double_last_row}).changed == 4
+    assert Checkpoint(out)["a"].read()[2].tolist() == [16, 18, 20, 22]
     before, after = ((f / "model.safetensors").read_bytes() for f in (base, out))
     assert before[: entry.start] == after[: entry.start]
     assert before[entry.start + entry.size :] == after[entry.start + entry.size :]
-    assert patch_tensor(checkpoint["b"], out, lambda tensor: tensor) == 0
 
 
-def test_minus_zero_counts_as_a_change(base: Path, out: Path) -> None:
-    checkpoint = Checkpoint(base)
-    copy_checkpoint(checkpoint, out)
-    assert patch_tensor(checkpoint["c"], out, lambda tensor: -tensor) == 4
+def test_changes_come_in_blocks_of_rows(
+    base: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "_BLOCK", 33)
+    seen = []
+
+    def negate(rows: np.ndarray[Any, Any], first: int) -> int:
+        seen.append((first, rows.tolist()))
+        rows *= -1
+        return rows.size
+
+    found = copy_checkpoint(Checkpoint(base), out, {"a": negate, "c": negate})
+    assert found.changed == 16
+    assert seen == [
+        (0, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (2, [[8, 9, 10, 11]]),
+        (0, [[0, 0], [0, 0]]),
+    ]
+    copied, original = Checkpoint(out), Checkpoint(base)
+    assert copied["a"].read().tobytes() == (-original["a"].read()).tobytes()
+    assert copied["b"].read().tobytes() == original["b"].read().tobytes()
+    assert np.signbit(copied["c"].read()).all()
+
+
+def test_a_failed_check_ends_the_copy(base: Path, out: Path) -> None:
+    def refuse() -> None:
+        raise ModelError("the wrong base")
+
+    with pytest.raises(ModelError, match="the wrong base"):
+        copy_checkpoint(Checkpoint(base), out, check=refuse)
+
+
+def test_a_file_that_shrinks_while_it_is_read(base: Path, out: Path) -> None:
+    def truncate(rows: np.ndarray[Any, Any], first: int) -> int:
+        os.truncate(base / "model.safetensors", 20)
+        return 0
+
+    first = min(Checkpoint(base).values(), key=lambda entry: entry.start)
+    with pytest.raises(ModelError, match=r"model\.safetensors: became shorter"):
+        copy_checkpoint(Checkpoint(base), out, {first.name: truncate})
 
 
 def test_shared_names_come_from_the_writers_note(tmp_path: Path) -> None:
@@ -169,11 +203,11 @@ def test_copy_without_the_kernels_help(
 ) -> None:
     kernel, calls = os.copy_file_range, []
 
-    def gives_up(source: int, target: int, count: int) -> int:
+    def gives_up(source: int, target: int, count: int, offset: int) -> int:
         if calls:
             raise OSError(number, os.strerror(number))
         calls.append(count)
-        return kernel(source, target, 1000)
+        return kernel(source, target, 1000, offset)
 
     monkeypatch.setattr(os, "copy_file_range", gives_up)
     (tmp_path / "a").write_bytes(bytes(range(256)) * 40)
@@ -190,14 +224,20 @@ def test_copy_where_the_kernel_claims_the_end_early(
     assert (tmp_path / "b").read_bytes() == b"content"
 
 
-def test_full_disk_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: int) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "copy_file_range", full)
-    (tmp_path / "a").write_bytes(b"content")
-    with pytest.raises(OSError, match="No space left"):
-        copy_file(tmp_path / "a", tmp_path / "b")
+def test_full_disk_is_not_hidden(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(5000))
+    program = (
+        "import resource, signal, sys; from pathlib import Path;"
+        "from austeer.exporter.checkpoint import copy_file;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "copy_file(*map(Path, sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "a", tmp_path / "b"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "OSError: [Errno 27] File too large" in done.stderr
 
 
 def test_copy_never_overwrites(tmp_path: Path) -> None:

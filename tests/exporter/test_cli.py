@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +224,14 @@ def test_product_that_fails_is_not_published(
     from austeer.exporter import merge
 
     # A fold with the wrong factor: only a comparison with the live model can tell.
-    fold = merge.fold_tensor
-    monkeypatch.setattr(merge, "fold_tensor", lambda tensor, edits: fold(tensor, edits) * 1.5)
+    fold = merge.fold_rows
+
+    def too_much(rows: np.ndarray[Any, Any], first: int, edits: Sequence[Any]) -> int:
+        changed = fold(rows, first, edits)
+        rows *= 1.5
+        return changed
+
+    monkeypatch.setattr(merge, "fold_rows", too_much)
     before = sorted(tmp_path.iterdir())
     result = invoke("merge", base, adapter, "-o", tmp_path / "out", exit_code=4)
     assert result.stderr.startswith("error: ")

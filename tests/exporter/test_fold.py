@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from austeer.adapters import RouteError
-from austeer.exporter.fold import fold_tensor, round_once
+from austeer.exporter.fold import fold_rows, fold_tensor, round_once
 from austeer.exporter.plan import TensorEdit
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -129,3 +129,25 @@ def test_infinities_of_the_base_are_not_the_folds_fault() -> None:
     weight = random_weight((4, 5), np.float32)
     weight[0, 1] = np.inf
     assert np.isinf(fold_tensor(weight, [edit(1, [1], [1.5])])[0, 1])
+
+
+@pytest.mark.parametrize("cuts", [(1,), (3, 4), (5, 6, 9), tuple(range(1, 10))])
+def test_rows_in_blocks_are_the_whole_tensor(cuts: tuple[int, ...]) -> None:
+    weight = random_weight((10, 7), np.float32)
+    weight[4, 1] = 0.0
+    edits = [edit(0, [8, 0, 4], [2.0, -1.0, 0.5]), edit(1, [1, 6], [3.0, 1.0])]
+    blocks = np.split(weight.copy(), cuts)
+    firsts = [0, *cuts]
+    changed = sum(fold_rows(b, first, edits) for b, first in zip(blocks, firsts, strict=True))
+    whole = fold_tensor(weight, edits)
+    assert np.concatenate(blocks).tobytes() == whole.tobytes()
+    assert changed == (whole != weight).sum() == 3 * 7 + 7 - 1
+
+
+def test_overflow_in_a_block_names_the_tensors_unit() -> None:
+    weight = random_weight((4, 5), np.float32)
+    weight[3, 3] = 3e38
+    with pytest.raises(RouteError, match="w: unit 3 times gain 2 leaves"):
+        fold_rows(weight[2:], 2, [edit(0, [0, 3], [9.0, 2.0])])
+    with pytest.raises(RouteError, match="w: unit 3 times gain 2 leaves"):
+        fold_rows(weight[2:], 2, [edit(1, [3], [2.0])])
