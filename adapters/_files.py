@@ -163,6 +163,8 @@ def _sync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
             path = Path(folder) / name
+            if path.stat().st_nlink > 1:
+                continue  # somebody else's file, too
             path.chmod(readable)
             _sync_path(path)
         _sync_path(Path(folder))

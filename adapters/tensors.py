@@ -141,7 +141,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 def read_rows(
     entry: TensorEntry, stream: FileIO
 ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[Any]]]]:
-    """A tensor of one axis or more in blocks of rows: number of the first, and values.
+    """A tensor in blocks of rows: number of the first, and values; a scalar is one row.
 
     Args:
         entry: the tensor.
@@ -151,7 +151,7 @@ def read_rows(
         ModelError: a dtype without an equivalent, or a file that became shorter.
         OSError: it cannot be read.
     """
-    dtype, (count, *rest) = entry.numpy_dtype, entry.shape
+    dtype, (count, *rest) = entry.numpy_dtype, entry.shape or (1,)
     width = dtype.itemsize * math.prod(rest)
     step = max(1, _BLOCK // max(1, width))
     for first in range(0, count, step):

@@ -6,7 +6,8 @@
 Ways take turns in one run; wall time and peak memory of whole processes, interpreter included.
 `cp -r` and the fold are compared as they leave the page cache, and both synced: a published
 fold always is. The checkpoint is a random bfloat16 Llama in four shards, three units of every
-layer's attention output are steered. Prints Markdown.
+layer's attention output are steered; with links, of every layer in the first shard. Prints
+Markdown.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ import sys
 from pathlib import Path
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.exporter.merge import verify_fold_structure, write_folded
-base, adapter, out = map(Path, sys.argv[1:])
+from austeer.exporter.settings import StoredAs
+base, adapter, out = map(Path, sys.argv[1:4])
 out.mkdir()
 adapter = SteeringAdapter.from_pretrained(adapter)
-write_folded(base, adapter, out)
+write_folded(base, adapter, out, stored=StoredAs(link="--link" in sys.argv))
 verify_fold_structure(base, out, adapter, touched_only=True)
 """
 
@@ -67,7 +69,7 @@ def shapes(width: int) -> list[dict[str, tuple[int, ...]]]:
 
 
 def generate(root: Path, gigabytes: float) -> None:
-    """A checkpoint of about this size, and an adapter of it beside it."""
+    """A checkpoint of about this size, and adapters of all layers and of the first shard's."""
     width = 128 * round((gigabytes * 1e9 / (2 * 12 * LAYERS)) ** 0.5 / 128)
     base = root / "base"
     base.mkdir(parents=True)
@@ -79,9 +81,14 @@ def generate(root: Path, gigabytes: float) -> None:
     (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = {"model_type": "llama", "num_hidden_layers": LAYERS, "hidden_size": width}
     (base / "config.json").write_text(json.dumps(config))
+    for name, layers in (("adapter", LAYERS), ("first", LAYERS // SHARDS)):
+        _make_adapter(base, layers).save_pretrained(root / name)
+
+
+def _make_adapter(base: Path, layers: int) -> SteeringAdapter:
     sites = [
         SteeredSite(Site(layer, Component.ATTENTION), UNITS, np.full(3, 0.5, np.float32))
-        for layer in range(LAYERS)
+        for layer in range(layers)
     ]
     architecture = architecture_of("llama")
     read = checkpoint_reader(architecture, Checkpoint(base))
@@ -92,11 +99,11 @@ def generate(root: Path, gigabytes: float) -> None:
         components=(Component.ATTENTION,),
         strength=Strength.FITTED,
         alpha=None,
-        k=len(UNITS) * LAYERS,
+        k=len(UNITS) * layers,
         rank=0,
         fit={},
     )
-    SteeringAdapter(described, sites).save_pretrained(root / "adapter")
+    return SteeringAdapter(described, sites)
 
 
 def _write_shard(
@@ -133,11 +140,12 @@ def measure(command: Sequence[str], out: Path, *, sync: bool) -> tuple[float, fl
 
 def compare(root: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """(seconds, MB) of every way in every round."""
-    base, adapter, out = (str(root / name) for name in ("base", "adapter", "out"))
+    base, adapter, first, out = (str(root / n) for n in ("base", "adapter", "first", "out"))
     program = str(Path(sys.executable).with_name("austeer-export"))
     ways = {
         "cp": (["cp", "-r", base, out], False),
         "fold": ([sys.executable, "-c", UNSYNCED, base, adapter, out], False),
+        "link": ([sys.executable, "-c", UNSYNCED, base, first, out, "--link"], False),
         "cp, synced": (["cp", "-r", base, out], True),
         "fold, synced": ([program, "merge", base, adapter, "-o", out, "--no-verify"], False),
     }
@@ -153,16 +161,14 @@ def compare(root: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
 def row(size: int, found: dict[str, list[tuple[float, float]]]) -> str:
     """One line of the table."""
     cells = [f"{statistics.median(s for s, _ in found['cp']):.2f}"]
-    for suffix in ("", ", synced"):
+    for way, copy in (("fold", "cp"), ("link", "cp"), ("fold, synced", "cp, synced")):
         ratios = sorted(
-            fold / copy
-            for (fold, _), (copy, _) in zip(
-                found["fold" + suffix], found["cp" + suffix], strict=True
-            )
+            mine / theirs
+            for (mine, _), (theirs, _) in zip(found[way], found[copy], strict=True)
         )
         middle = statistics.median(ratios)
         cells.append(f"{middle:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]")
-    cells.append(f"{max(mb for name in ('fold', 'fold, synced') for _, mb in found[name]):.0f}")
+    cells.append(f"{max(mb for way in found if 'fold' in way for _, mb in found[way]):.0f}")
     return f"| {size / 1e9:.2f} | " + " | ".join(cells) + " |"
 
 
@@ -174,8 +180,10 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{datetime.date.today()}, {os.cpu_count()} × {platform.machine()} cores,", end=" ")
     print(f"load {os.getloadavg()[0]:.1f}, {options.rounds} rounds, median [least, most]\n")
-    print("| GB | `cp -r`, s | fold : `cp -r` | both synced | peak memory, MB |")
-    print("|---|---|---|---|---|")
+    print(
+        "| GB | `cp -r`, s | fold : `cp -r` | one shard, links | both synced | peak memory, MB |"
+    )
+    print("|---|---|---|---|---|---|")
     for gigabytes in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             generate(Path(folder), gigabytes)

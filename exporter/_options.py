@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
@@ -115,9 +116,36 @@ strength_input_options = together(
         "set it.",
     ),
 )  # fmt: skip
+storage_options = together(
+    click.option(
+        "--link", is_flag=True,
+        help="Hard link weight files that stay as they are: quick, and they are then the "
+        "base's files, too.",
+    ),
+    click.option(
+        "--max-shard-size", callback=lambda _, __, text: text and parse_size(text),
+        help="Write the weights anew in files of at most this size, such as 5GB.  "
+        "[default: the base's files]",
+    ),
+)  # fmt: skip
 no_verify_option = click.option(
     "--no-verify", is_flag=True, help="Publish without comparing with the attached model."
 )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500MB (10^6), 5GiB (2^30) or 1000.
+
+    Raises:
+        click.BadParameter: not of that form, or below 1.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is not None:
+        step = 1024 if found[3] else 1000
+        size = int(float(found[1]) * step ** " KMGT".index(found[2].upper() or " "))
+        if size > 0:
+            return size
+    raise click.BadParameter(f"expected a size such as 5GB or 500MiB, got {text!r}")
 
 
 def chosen_base(options: Mapping[str, Any]) -> BaseOptions:

@@ -7,6 +7,7 @@ filesystem can; memory is that of some rows of one tensor for each core.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ def copy_checkpoint(
     folder: Path,
     changes: Mapping[str, ChangeRows] | None = None,
     check: Callable[[], None] | None = None,
+    *,
+    link: bool = False,
 ) -> Copied:
     """Copy weights, config, tokenizer, templates, custom code and licence into `folder`.
 
@@ -65,26 +68,68 @@ def copy_checkpoint(
         folder: an existing directory.
         changes: what to do to tensors, by stored name.
         check: runs beside the copying; what it raises ends that.
+        link: hard link weight files without changes, where the filesystem can.
 
     Raises:
         ModelError: a file of the base cannot be read.
         OSError: the copy cannot be written.
     """
-    changes = changes or {}
-    sources = sorted([*checkpoint.files, *_companions(checkpoint)])
-    names = [source.relative_to(checkpoint.root) for source in sources]
-    for parent in {(folder / name).parent for name in names}:
-        parent.mkdir(exist_ok=True)
     edits: dict[Path, list[tuple[TensorEntry, ChangeRows]]] = {}
-    for name, change in changes.items():
+    for name, change in (changes or {}).items():
         edits.setdefault(checkpoint[name].file, []).append((checkpoint[name], change))
-    tasks: list[Callable[[Event], int]] = [
-        partial(copy_file, source, folder / name, changes=edits.get(source, ()))
-        for source, name in zip(sources, names, strict=True)
-    ]
+    tasks: list[Callable[[Event], int]] = []
+    for source in checkpoint.files:
+        target = folder / source.name
+        if link and source not in edits:
+            tasks.append(partial(link_file, source, target))
+        else:
+            tasks.append(partial(copy_file, source, target, changes=edits.get(source, ())))
     if check is not None:
         tasks.insert(0, lambda _: check() or 0)
-    return Copied(tuple(map(str, names)), sum(run_in_threads(tasks)))
+    weights = [source.name for source in checkpoint.files]
+    total = sum(run_in_threads(tasks))
+    return Copied(tuple(sorted([*weights, *copy_companions(checkpoint, folder)])), total)
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path, *, index: bool = True) -> list[str]:
+    """Copy what `copy_checkpoint` copies besides weights; the index of these on request.
+
+    Raises:
+        ModelError: a file of the base cannot be read.
+        OSError: the copy cannot be written.
+    """
+    names = []
+    for source in _companions(checkpoint):
+        if source.name == INDEX and not index:
+            continue
+        name = source.relative_to(checkpoint.root)
+        (folder / name).parent.mkdir(exist_ok=True)
+        copy_file(source, folder / name)
+        names.append(str(name))
+    return names
+
+
+def link_file(source: Path, target: Path, stopped: Event | None = None) -> int:
+    """Give the file a second name, or copy it where it can't have one.
+
+    Returns:
+        0, the number of changed values.
+
+    Raises:
+        ModelError: `source` cannot be read.
+        OSError: `target` exists or cannot be written.
+    """
+    try:
+        # What a link of a Hub cache points to, not the link.
+        os.link(source.resolve(), target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        logging.getLogger("austeer").warning(
+            "%s: cannot hard link it (%s); copied instead", source, error.strerror
+        )
+        return copy_file(source, target, stopped)
+    return 0
 
 
 def copy_file(
@@ -176,13 +221,14 @@ def shared_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """
     groups: dict[str, set[str]] = {}
     for file in checkpoint.files:
-        for dropped, kept in _metadata(file).items():
+        for dropped, kept in read_metadata(file).items():
             if kept in checkpoint:
                 groups.setdefault(kept, {kept}).add(dropped)
     return {name: tuple(sorted(names - {name})) for names in groups.values() for name in names}
 
 
-def _metadata(file: Path) -> dict[str, str]:
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     found = header.get("__metadata__")

@@ -31,12 +31,19 @@ from austeer.exporter._options import (
     out_option,
     peft_route_option,
     steering_options,
+    storage_options,
     strength_input_options,
 )
 from austeer.exporter.adapter_commands import combine, show
 from austeer.exporter.graft_command import graft
 from austeer.exporter.routes import Route
-from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, RunOptions
+from austeer.exporter.settings import (
+    BaseOptions,
+    Handling,
+    ProductRequest,
+    RunOptions,
+    StoredAs,
+)
 
 
 @click.group(cls=TranslatingGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -167,12 +174,24 @@ def fit(as_json: bool, **options: Any) -> None:
     "strength adaptive). Loads with trust_remote_code.",
 )
 @steering_options
+@storage_options
 @no_verify_option
 @base_options
 @json_option
 def merge(as_json: bool, code: bool, **options: Any) -> None:
-    """Fold ADAPTER into the weights of MODEL: a plain safetensors checkpoint."""
-    _export(Route.CODE if code else Route.SAFETENSORS, options, as_json)
+    """Fold ADAPTER into the weights of MODEL: a plain safetensors checkpoint.
+
+    With --dtype the weights are written in that dtype, and compared in it; with --code they
+    are only compared in it.
+    """
+    if code and options["max_shard_size"]:
+        raise click.UsageError("--max-shard-size: with --code weight files stay as they are")
+    stored = StoredAs(
+        link=options["link"],
+        dtype=None if code else options["dtype"],
+        max_shard_size=options["max_shard_size"],
+    )
+    _export(Route.CODE if code else Route.SAFETENSORS, options, as_json, stored)
 
 
 @cli.command()
@@ -259,7 +278,9 @@ def _run_options(options: dict[str, Any], routes: tuple[Route, ...]) -> RunOptio
     return chosen
 
 
-def _export(route: Route, options: dict[str, Any], as_json: bool) -> None:
+def _export(
+    route: Route, options: dict[str, Any], as_json: bool, stored: StoredAs | None = None
+) -> None:
     from austeer.exporter.products import export_product
 
     request = ProductRequest(
@@ -274,6 +295,7 @@ def _export(route: Route, options: dict[str, Any], as_json: bool) -> None:
             verify=not options["no_verify"],
             trust_remote_code=options["trust_remote_code"],
             scale_as=options.get("scale_as") or "constant",
+            stored=stored or StoredAs(),
         ),
     )
     with progress_on_terminal() as progress:

@@ -34,7 +34,13 @@ _ONLY_SHARD = "model-00001-of-00001.safetensors"
 
 
 def export_code(
-    base: Path, adapter: SteeringAdapter, out: Path, *, scale: float = 1.0, force: bool = False
+    base: Path,
+    adapter: SteeringAdapter,
+    out: Path,
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+    link: bool = False,
 ) -> None:
     """Write `base` steered by `adapter` in code, check its files, publish it at `out`.
 
@@ -44,6 +50,7 @@ def export_code(
         out: new or empty directory.
         scale: factor on every γ; config.json keeps it as `steering_scale`.
         force: accept a base with another fingerprint.
+        link: hard link the base's weight files instead of copying them.
 
     Raises:
         RouteError: a base that is quantized or brings code of its own, or no effect.
@@ -54,7 +61,7 @@ def export_code(
         VerificationError: the files are not those of the base and the adapter.
     """
     with publish_directory(out) as work:
-        write_code(base, adapter, work, scale=scale, force=force)
+        write_code(base, adapter, work, scale=scale, force=force, link=link)
         verify_code_structure(base, work, adapter, scale)
 
 
@@ -65,6 +72,7 @@ def write_code(
     *,
     scale: float = 1.0,
     force: bool = False,
+    link: bool = False,
 ) -> None:
     """Write the steered checkpoint into `folder`, an existing empty directory.
 
@@ -73,7 +81,7 @@ def write_code(
     config = read_model_config(base)
     _refuse(base, config, adapter, scale)
     checkpoint = open_base(base, adapter, force=force)
-    for path in map(folder.joinpath, copy_checkpoint(checkpoint, folder).names):
+    for path in map(folder.joinpath, copy_checkpoint(checkpoint, folder, link=link).names):
         if path.suffix == ".py":
             path.unlink()
     steering = steering_tensors(adapter, _is_bare(checkpoint, adapter))

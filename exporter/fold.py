@@ -67,9 +67,7 @@ def fold_rows(rows: Array, first: int, edits: Sequence[TensorEdit]) -> int:
     whole = rows.copy() if len(parts) > 1 else None
     for part, after in zip(parts, afters, strict=True):
         rows[(slice(None),) * part.axis + (part.index,)] = after
-    if whole is not None:
-        return _differing(whole, rows)
-    return _differing(befores[0], afters[0])
+    return _differing(befores[0], afters[0]) if whole is None else _differing(whole, rows)
 
 
 def _within(edit: TensorEdit, first: int, count: int) -> TensorEdit:

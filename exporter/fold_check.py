@@ -24,6 +24,9 @@ from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.tensors import Checkpoint, TensorEntry, read_rows
 from austeer.exporter._threads import run_in_threads
+from austeer.exporter.fold import round_once
+from austeer.exporter.plan import FOLDABLE_DTYPES
+from austeer.exporter.rewrite import STORED_DTYPES, name_dtype
 
 Array = np.ndarray[Any, Any]
 Gain = Float[np.ndarray, " width"]
@@ -37,8 +40,8 @@ class StructureReport:
 
     Attributes:
         touched: names of the tensors that carry gains.
-        identical: number of other tensors, found to have the base's exact bytes; 0 where
-            only the touched ones were read.
+        identical: number of other tensors, found to have the base's exact bytes, or its
+            values in the new dtype; 0 where only the touched ones were read.
         worst_error: largest error of a value, 1 = what one rounding can do at most.
     """
 
@@ -59,7 +62,8 @@ def verify_fold_structure(
 
     Each value of a touched projection is g_out · W · g_in within one rounding of the stored
     dtype, so that W'·x == g_out ⊙ W·(g_in ⊙ x) for every x; biases likewise; slices without a
-    gain and all other tensors are byte-identical; config.json is the base's.
+    gain and all other tensors are byte-identical, or rounded once where all floats got
+    another dtype; config.json is the base's, but for that.
 
     Args:
         base: directory of the base checkpoint.
@@ -74,13 +78,13 @@ def verify_fold_structure(
         ModelError: one of the two cannot be read.
     """
     before, after = Checkpoint(base), Checkpoint(folder)
-    _check_same_tensors(before, after)
-    if _json(base / "config.json") != _json(folder / "config.json"):
-        raise VerificationError(f"{folder}/config.json: differs from the base's")
+    _check_same_config(base, folder, converted=_check_same_tensors(before, after))
     gains = dict(_gains(adapter, before, scale))
     others = [] if touched_only else sorted(set(before) - set(gains))
     for name in others:
-        if not same_bytes(before[name], after[name]):
+        if before[name].dtype != after[name].dtype:
+            _tensor_error(before[name], after[name], {}, Event())
+        elif not same_bytes(before[name], after[name]):
             raise VerificationError(
                 f"{folder}: {name} differs from the base, the adapter does not touch it"
             )
@@ -138,7 +142,7 @@ def _tensor_error(
             if not error <= 1.0:
                 raise VerificationError(
                     f"{after.file}: {after.name} is not the base times its gains: a value is "
-                    f"off by {error:.3g} roundings of {before.dtype}, expected at most 1; "
+                    f"off by {error:.3g} roundings of {after.dtype}, expected at most 1; "
                     "fold again"
                 )
             worst = max(worst, error)
@@ -149,6 +153,9 @@ def _tensor_error(
 
 def _rows_error(old: Array, new: Array, gains: dict[int, Gain]) -> float | None:
     """Largest error of some rows; None where a value differs that no gain touches."""
+    if old.dtype != new.dtype:
+        # What the new dtype made of the base carries the gains.
+        old = round_once(old.astype(np.float64), new.dtype)
     steered = {axis: np.flatnonzero(gain != 1.0) for axis, gain in gains.items()}
     different = _bits(old) != _bits(new)
     for axis, units in steered.items():
@@ -174,7 +181,7 @@ def _largest_error(old: Array, new: Array, gains: dict[int, Gain]) -> float:
     wide = old.astype(np.float64)
     for axis, gain in gains.items():
         wide *= gain.reshape([-1 if axis == other else 1 for other in range(old.ndim)])
-    unit, spacing = _rounding(old.dtype)
+    unit, spacing = _rounding(new.dtype)
     bound = (unit + _SLACK) * np.abs(wide) + spacing
     return float((np.abs(new.astype(np.float64) - wide) / bound).max())
 
@@ -185,8 +192,14 @@ def _rounding(dtype: np.dtype[Any]) -> tuple[float, float]:
     return float(facts.eps) / 2, float(facts.smallest_subnormal)
 
 
-def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> None:
-    facts = [{name: (e.dtype, e.shape) for name, e in c.items()} for c in (before, after)]
+def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> str | None:
+    """Refuse other names, shapes or dtypes; the dtype that all float tensors got, if any."""
+    dtypes = {entry.dtype for entry in after.values() if entry.dtype in FOLDABLE_DTYPES}
+    converted = dtypes.pop() if len(dtypes) == 1 else None
+    facts = [
+        {name: (_dtype_in(entry, converted), entry.shape) for name, entry in found.items()}
+        for found in (before, after)
+    ]
     different = sorted(
         name for name in set(before) | set(after) if facts[0].get(name) != facts[1].get(name)
     )
@@ -196,6 +209,21 @@ def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> None:
             f"{after.root}: {name}: expected {facts[0].get(name)}, found {facts[1].get(name)}; "
             "is it a fold of this base?"
         )
+    changed = any(before[name].dtype != after[name].dtype for name in before)
+    return converted if changed else None
+
+
+def _dtype_in(entry: TensorEntry, converted: str | None) -> str:
+    return converted if converted and entry.dtype in FOLDABLE_DTYPES else entry.dtype
+
+
+def _check_same_config(base: Path, folder: Path, *, converted: str | None) -> None:
+    expected, found = (_json(root / "config.json") for root in (base, folder))
+    if converted is not None:
+        names = {stored: name for name, stored in STORED_DTYPES.items()}
+        expected = name_dtype(expected, names.get(converted))
+    if found != expected:
+        raise VerificationError(f"{folder}/config.json: differs from the base's")
 
 
 def same_bytes(before: TensorEntry, after: TensorEntry) -> bool:

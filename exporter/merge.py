@@ -15,10 +15,12 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.checkpoint import copy_checkpoint, shared_names
+from austeer.exporter.checkpoint import Copied, copy_checkpoint, shared_names
 from austeer.exporter.fold import fold_rows
 from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
+from austeer.exporter.rewrite import rewrite_checkpoint
+from austeer.exporter.settings import StoredAs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,13 @@ class MergeSummary:
 
 
 def merge_checkpoint(
-    base: Path, adapter: SteeringAdapter, out: Path, *, scale: float = 1.0, force: bool = False
+    base: Path,
+    adapter: SteeringAdapter,
+    out: Path,
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+    stored: StoredAs | None = None,
 ) -> MergeSummary:
     """Fold `adapter` into a copy of `base`, check the touched tensors, publish it at `out`.
 
@@ -66,9 +74,11 @@ def merge_checkpoint(
         out: new or empty directory.
         scale: factor on every γ.
         force: accept a base with another fingerprint.
+        stored: other weight files than the base's.
 
     Raises:
-        RouteError: the adapter cannot fold, or the fold would change nothing.
+        RouteError: the adapter cannot fold, the fold would change nothing, or a value leaves
+            the range of its dtype.
         ModelError: `base` is malformed.
         AdapterError: the adapter belongs to another base.
         SiteError: a unit or layer that the base does not have.
@@ -76,7 +86,7 @@ def merge_checkpoint(
         VerificationError: the written checkpoint is not the fold of the base.
     """
     with publish_directory(out) as work:
-        summary = write_folded(base, adapter, work, scale=scale, force=force)
+        summary = write_folded(base, adapter, work, scale=scale, force=force, stored=stored)
         verify_fold_structure(base, work, adapter, scale, touched_only=True)
     return dataclasses.replace(summary, path=Path(out))
 
@@ -88,6 +98,7 @@ def write_folded(
     *,
     scale: float = 1.0,
     force: bool = False,
+    stored: StoredAs | None = None,
 ) -> MergeSummary:
     """Write the folded checkpoint into `folder`, an existing empty directory.
 
@@ -103,11 +114,7 @@ def write_folded(
     if not isinstance(plan, FoldPlan):
         check()
         raise RouteError(f"this adapter cannot fold: {describe_refusals(plan)}")
-    changes = {
-        name: partial(fold_rows, edits=edits) for name, edits in plan.by_tensor().items()
-    }
-    # Hashing what the adapter touches takes longer than copying it: one core does each.
-    copied = copy_checkpoint(checkpoint, folder, changes, check)
+    copied = _write(checkpoint, folder, plan, stored or StoredAs(), check)
     if copied.changed == 0:
         raise RouteError(
             f"the fold changes no value at scale {scale:g}: every gain is 1, or vanishes in "
@@ -120,6 +127,22 @@ def write_folded(
     return MergeSummary(
         folder, (*copied.names, "README.md"), names, units, copied.changed, scale
     )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: FoldPlan,
+    stored: StoredAs,
+    check: Callable[[], None],
+) -> Copied:
+    # Hashing what the adapter touches takes longer than copying it: one core does each.
+    if stored.anew:
+        return rewrite_checkpoint(checkpoint, folder, plan.by_tensor(), stored, check)
+    changes = {
+        name: partial(fold_rows, edits=edits) for name, edits in plan.by_tensor().items()
+    }
+    return copy_checkpoint(checkpoint, folder, changes, check, link=stored.link)
 
 
 def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> Checkpoint:

@@ -229,12 +229,13 @@ def _write_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Expo
     started, route, out = time.monotonic(), request.route, request.out
     folder = model_directory(request.base.model, request.base.revision)
     scale, force = request.handling.scale, request.handling.force
+    stored = request.handling.stored
     if route.is_peft:
         convert_peft(folder, adapter, out, route=route, scale=scale, force=force)
     elif route is Route.CODE:
-        export_code(folder, adapter, out, scale=scale, force=force)
+        export_code(folder, adapter, out, scale=scale, force=force, link=stored.link)
     else:
-        merge_checkpoint(folder, adapter, out, scale=scale, force=force)
+        merge_checkpoint(folder, adapter, out, scale=scale, force=force, stored=stored)
     return Export(route, out, _row(route, str(out), None, started))
 
 

@@ -55,7 +55,8 @@ def write_product(
     elif route is Route.CODE:
         from austeer.exporter.code_export import write_code
 
-        write_code(base.folder, adapter, folder, scale=scale, force=force)
+        link = handling.stored.link
+        write_code(base.folder, adapter, folder, scale=scale, force=force, link=link)
     elif route.is_peft:
         from austeer.exporter.peft_export import write_peft
 
@@ -63,7 +64,8 @@ def write_product(
     else:
         from austeer.exporter.merge import write_folded
 
-        write_folded(base.folder, adapter, folder, scale=scale, force=force)
+        stored = handling.stored
+        write_folded(base.folder, adapter, folder, scale=scale, force=force, stored=stored)
 
 
 def prove_product(

@@ -43,6 +43,42 @@ class BaseOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAs:
+    """How the weight files of a checkpoint are written.
+
+    Attributes:
+        link: hard link those that stay as they are; they are then the base's, too.
+        dtype: of all float tensors: `float32`, `bfloat16` or `float16`; None: the base's.
+        max_shard_size: largest file in bytes, but for one of a single tensor; None: the
+            base's files.
+
+    Raises:
+        RouteError: another dtype, a size below 1, or links to files that are written anew.
+    """
+
+    link: bool = False
+    dtype: str | None = None
+    max_shard_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise RouteError(
+                f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}"
+            )
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise RouteError(f"max_shard_size: expected 1 or more, got {self.max_shard_size}")
+        if self.link and self.anew:
+            raise RouteError(
+                "link: a new dtype or shard size writes every file anew; choose one of them"
+            )
+
+    @property
+    def anew(self) -> bool:
+        """Whether every weight file is written anew."""
+        return self.dtype is not None or self.max_shard_size is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Handling:
     """How a product is written and proved.
 
@@ -53,6 +89,7 @@ class Handling:
         trust_remote_code: let transformers run code that the checkpoint brings.
         scale_as: what the factor is in an ONNX graph: `constant`, or a graph input that is
             `required` or `optional`.
+        stored: weight files of a folded checkpoint, or of one with code.
 
     Raises:
         RouteError: a scale that is no number, or another `scale_as`.
@@ -63,6 +100,7 @@ class Handling:
     verify: bool = True
     trust_remote_code: bool = False
     scale_as: str = "constant"
+    stored: StoredAs = StoredAs()
 
     def __post_init__(self) -> None:
         check_strength(self.scale, self.scale_as)

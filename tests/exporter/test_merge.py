@@ -30,7 +30,9 @@ from austeer.adapters import (
     Strength,
 )
 from austeer.adapters.sites import Component, Site
+from austeer.exporter.checkpoint import link_file
 from austeer.exporter.merge import merge_checkpoint, write_folded
+from austeer.exporter.settings import StoredAs
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 
@@ -392,3 +394,45 @@ def test_real_full_disk(base: Path, adapter: SteeringAdapter, tmp_path: Path) ->
         assert not any(disk.iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_links_are_made_where_nothing_changes(
+    saved_model: Callable[..., Path], tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = saved_model("llama", max_shard_size="20KB")
+    one = SteeringAdapter.from_units(tiny_model("llama"), "ffn", [1], [5], [0.5])
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for file in list(base.glob("*.safetensors")):
+        # As in a Hub cache: names are links to files that nobody may write to.
+        file.rename(blobs / file.name).chmod(0o444)
+        file.symlink_to(Path("..", "blobs", file.name))
+    before = contents(base)
+    merge_checkpoint(base, one, tmp_path / "linked", stored=StoredAs(link=True))
+    merge_checkpoint(base, one, tmp_path / "copied")
+    assert contents(tmp_path / "linked") == contents(tmp_path / "copied")
+    assert contents(base) == before
+    shards = sorted((tmp_path / "linked").glob("*.safetensors"))
+    same = [file.samefile(blobs / file.name) for file in shards]
+    assert len(same) > 2 and same.count(False) == 1
+    assert not any(file.is_symlink() for file in shards)
+    assert {(blobs / file.name).stat().st_mode & 0o777 for file in shards} == {0o444}
+    assert not (tmp_path / "linked" / "config.json").samefile(base / "config.json")
+
+
+def test_links_that_the_filesystem_refuses_become_copies(
+    base: Path,
+    adapter: SteeringAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "out").mkdir()
+    link_file(base / "model.safetensors", tmp_path / "out" / "model.safetensors")
+    copied = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert copied == (base / "model.safetensors").read_bytes()
+    assert "cannot hard link it" in caplog.text
