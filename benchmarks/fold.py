@@ -177,16 +177,20 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[2.0, 8.0], help="GB")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="where to write; the temporary one else")
+    parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.generate:
+        generate(options.generate, *options.sizes)
+        return
     print(f"{datetime.date.today()}, {os.cpu_count()} × {platform.machine()} cores,", end=" ")
     print(f"load {os.getloadavg()[0]:.1f}, {options.rounds} rounds, median [least, most]\n")
-    print(
-        "| GB | `cp -r`, s | fold : `cp -r` | one shard, links | both synced | peak memory, MB |"
-    )
+    print("| GB | `cp -r`, s | fold : `cp -r` | links | both synced | peak memory, MB |")
     print("|---|---|---|---|---|---|")
     for gigabytes in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            generate(Path(folder), gigabytes)
+            # A process inherits the peak memory of the one that starts it.
+            command = [sys.executable, __file__, "--generate", folder, "--sizes"]
+            subprocess.run([*command, str(gigabytes)], check=True)
             size = sum(path.stat().st_size for path in (Path(folder) / "base").iterdir())
             print(row(size, compare(Path(folder), options.rounds)), flush=True)
 
