@@ -124,6 +124,18 @@ def test_unverified_says_so_and_loads_no_model(
     assert (tmp_path / "out" / CODE_NAME).is_file()
 
 
+def test_linked_weights_are_the_bases_files(
+    tmp_path: Path, base: Path, saved_adapter: Path
+) -> None:
+    arguments = ("merge", base, saved_adapter, "--code", "--link", "--json")
+    assert json.loads(invoke(*arguments, "-o", tmp_path / "out").stdout)["verified"]
+    weights = tmp_path / "out" / "model-00001-of-00001.safetensors"
+    assert weights.samefile(base / "model.safetensors")
+    assert not (tmp_path / "out" / "config.json").samefile(base / "config.json")
+    refused = (*arguments, "-o", tmp_path / "other", "--max-shard-size", "1MB")
+    assert "--max-shard-size: with --code" in invoke(*refused, exit_code=2).stderr
+
+
 def test_loads_in_a_process_that_cannot_import_us(
     tmp_path: Path, base: Path, adapter: SteeringAdapter, tiny_model: Callable[..., Any]
 ) -> None:

@@ -146,3 +146,16 @@ def test_other_tensors_are_seen(
     tiny_model("llama", num_hidden_layers=3).save_pretrained(tmp_path / "deeper")
     with pytest.raises(VerificationError, match=r"model\.layers\.2.*is it a fold of this base"):
         verify_fold_structure(base, tmp_path / "deeper", adapter)
+
+
+def test_a_value_that_is_no_number_is_found(
+    folded: tuple[Path, Path, SteeringAdapter],
+) -> None:
+    base, out, adapter = folded
+
+    def spoil(values: np.ndarray[Any, Any]) -> None:
+        values[9, 3] = np.nan
+
+    poke(out, ROW, spoil)
+    with pytest.raises(VerificationError, match="not the base times its gains"):
+        verify_fold_structure(base, out, adapter)
