@@ -17,7 +17,8 @@ TESTS_SERVING := tests/serving tests/test_foreign_graphs.py
 # Its random models have other weights, on which the small fits of test_fit need not succeed.
 ANY_MODEL := "not test_fit or real"
 
-.PHONY: demo test check test-optimum test-serving venv venv-optimum venv-serving npm clean
+.PHONY: demo test check test-optimum test-serving test-llama venv venv-optimum \
+	venv-serving venv-llama npm clean
 
 demo: venv ## steer the embedded model; before and after, from both products
 	$(BIN)/python examples/demo.py
@@ -36,6 +37,10 @@ test-optimum: venv-optimum ## the tests that transformers 4.57 and onnxruntime 1
 test-serving: venv-serving npm ## the serving examples, each on its own runtime
 	OMP_NUM_THREADS=1 $(VENV)-serving/bin/pytest $(PARALLEL) $(TESTS_SERVING)
 
+test-llama: venv-llama ## opt-in: a folded model, and base with LoRA, in real llama.cpp
+	OMP_NUM_THREADS=1 LLAMA_CPP=$(VENV)-llama/llama.cpp \
+		$(VENV)-llama/bin/pytest tests/serving/test_llama_cpp.py
+
 venv:
 	@.ci/venv $(VENV) cpu,dev,bench constraints.txt
 
@@ -45,12 +50,16 @@ venv-optimum:
 venv-serving:
 	@.ci/venv $(VENV)-serving cpu,serving,dev constraints-serving.txt
 
+venv-llama:
+	@.ci/venv $(VENV)-llama cpu,peft,dev constraints.txt
+	@.ci/llama $(VENV)-llama
+
 npm: ## the JavaScript runtimes; their install scripts fetch what is not needed
 	@command -v npm >/dev/null || { echo "no npm: the examples in JavaScript are skipped" >&2; exit 0; }; \
 	for folder in node web; do (cd examples/serving/$$folder && npm ci --ignore-scripts --no-fund --no-audit --loglevel=error) || exit 1; done
 
 clean: ## remove everything that the targets above made
-	rm -rf $(VENV) $(VENV)-optimum $(VENV)-serving build dist demo_out *.egg-info
+	rm -rf $(VENV) $(VENV)-optimum $(VENV)-serving $(VENV)-llama build dist demo_out *.egg-info
 	rm -f graphs/*austeer_ops.*
 	rm -rf examples/serving/*/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
