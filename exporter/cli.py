@@ -171,7 +171,11 @@ def fit(as_json: bool, **options: Any) -> None:
 @base_options
 @json_option
 def merge(as_json: bool, code: bool, **options: Any) -> None:
-    """Fold ADAPTER into the weights of MODEL: a plain safetensors checkpoint."""
+    """Fold ADAPTER into the weights of MODEL: a plain safetensors checkpoint.
+
+    In a quantized MODEL output gains go into its scales. MODEL may be a GGUF file; OUT is one
+    then.
+    """
     _export(Route.CODE if code else Route.SAFETENSORS, options, as_json)
 
 
@@ -305,3 +309,5 @@ def _print_product(row: dict[str, Any], as_json: bool) -> None:
     print_table(
         "Verified" if row["verified"] else "Not verified", PRODUCT_HEADER, product_rows([row])
     )
+    for note in row.get("notes", ()):
+        click.echo(f"note: {note}")

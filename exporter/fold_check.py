@@ -21,6 +21,8 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.tensors import Checkpoint, TensorEntry
+from austeer.exporter.quantized_formats import Quantization, quantization_of
+from austeer.exporter.quantized_plan import INPUT_SIDE, bias_entry, locate_sites
 
 Array = np.ndarray[Any, Any]
 _CHUNK = 1 << 24
@@ -55,7 +57,8 @@ def verify_fold_structure(
 
     Each value of a touched projection is g_out · W · g_in within one rounding of the stored
     dtype, so that W'·x == g_out ⊙ W·(g_in ⊙ x) for every x; biases likewise; slices without a
-    gain and all other tensors are byte-identical; config.json is the base's.
+    gain and all other tensors are byte-identical; config.json is the base's. Of a quantized
+    projection the scales are the touched tensor.
 
     Args:
         base: directory of the base checkpoint.
@@ -70,10 +73,14 @@ def verify_fold_structure(
         ModelError: one of the two cannot be read.
     """
     before, after = Checkpoint(base), Checkpoint(folder)
+    quantization = quantization_of(base)
     _check_same_tensors(before, after)
     if _json(base / "config.json") != _json(folder / "config.json"):
         raise VerificationError(f"{folder}/config.json: differs from the base's")
-    gains = dict(_gains(adapter, before, scale))
+    if quantization is None:
+        gains = dict(_gains(adapter, before, scale))
+    else:
+        gains = dict(_quantized_gains(adapter, before, quantization, scale))
     others = [] if touched_only else sorted(set(before) - set(gains))
     for name in others:
         if not same_bytes(before[name], after[name]):
@@ -100,14 +107,37 @@ def _gains(
         for name, along in targets:
             entry = checkpoint.find(adapter.architecture.disk_names(name))
             if entry is not None:
-                gain = _dense_gain(steered, entry.shape[along], scale)
+                gain = dense_gain(steered, entry.shape[along], scale)
                 found.setdefault(entry.name, {})[along] = gain
             elif not name.endswith(".bias"):
                 raise VerificationError(f"{checkpoint.root}: {name} is not in the checkpoint")
     yield from found.items()
 
 
-def _dense_gain(steered: SteeredSite, width: int, scale: float) -> Float[np.ndarray, " width"]:
+def _quantized_gains(
+    adapter: SteeringAdapter, checkpoint: Checkpoint, quantization: Quantization, scale: float
+) -> Iterator[tuple[str, dict[int, Float[np.ndarray, " width"]]]]:
+    """The same where scales carry the gains of quantized projections."""
+    sites = locate_sites(adapter, checkpoint, quantization)
+    if sites.plain is not None:
+        yield from _gains(sites.plain, checkpoint, scale)
+    for steered, scales in sites.scales:
+        if isinstance(scales, str) or steered.site.component is not Component.FFN:
+            reason = scales if isinstance(scales, str) else INPUT_SIDE
+            raise VerificationError(f"{checkpoint.root}: {steered.site}: {reason}")
+        gain = dense_gain(steered, scales.rows, scale)
+        yield scales.entry.name, {scales.axis: gain}
+        bias = bias_entry(adapter, steered, checkpoint)
+        if bias is not None:
+            yield bias.name, {0: gain}
+
+
+def dense_gain(steered: SteeredSite, width: int, scale: float) -> Float[np.ndarray, " width"]:
+    """The gain of every unit of a site, 1 where it is not steered.
+
+    Raises:
+        SiteError: a unit that the base does not have.
+    """
     steered.check_width(width)
     gain = np.ones(width)
     gain[steered.index] = 1.0 + scale * steered.gamma.astype(np.float64)
@@ -117,15 +147,30 @@ def _dense_gain(steered: SteeredSite, width: int, scale: float) -> Float[np.ndar
 def _tensor_error(
     before: TensorEntry, after: TensorEntry, gains: dict[int, Float[np.ndarray, " width"]]
 ) -> float:
-    """Largest error of one touched tensor, in units of the bound; above 1 is an error."""
-    old, new = before.read(), after.read()
+    return values_error(before.read(), after.read(), gains, f"{after.file}: {after.name}")
+
+
+def values_error(
+    old: Array, new: Array, gains: dict[int, Float[np.ndarray, " width"]], what: str
+) -> float:
+    """Largest error of one touched tensor's values, in units of what one rounding can do.
+
+    Args:
+        old: the base's values, any float dtype.
+        new: the product's.
+        gains: the gain of every unit along each steered axis.
+        what: names the tensor in errors.
+
+    Raises:
+        VerificationError: an error above 1, or a difference where no unit is steered.
+    """
     steered = {axis: np.flatnonzero(gain != 1.0) for axis, gain in gains.items()}
     bits = np.dtype(f"u{old.itemsize}")
     different = old.view(bits) != new.view(bits)
     for axis, units in steered.items():
         different = np.delete(different, units, axis)
     if different.any():
-        raise VerificationError(f"{after.file}: {after.name} differs where no unit is steered")
+        raise VerificationError(f"{what} differs where no unit is steered")
     if not any(map(len, steered.values())):
         return 0.0
     if len(steered) == 1:
@@ -136,8 +181,8 @@ def _tensor_error(
     error = _largest_error(old, new, gains)
     if not error <= 1.0:
         raise VerificationError(
-            f"{after.file}: {after.name} is not the base times its gains: a value is off by "
-            f"{error:.3g} roundings of {old.dtype}, expected at most 1; fold again"
+            f"{what} is not the base times its gains: a value is off by {error:.3g} roundings "
+            f"of {old.dtype}, expected at most 1; fold again"
         )
     return error
 

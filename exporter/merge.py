@@ -13,11 +13,14 @@ from austeer.adapters._files import publish_directory, read_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import checkpoint_reader
+from austeer.adapters.steered_site import check_layer
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.checkpoint import copy_checkpoint, patch_tensor, shared_names
-from austeer.exporter.fold import fold_tensor
+from austeer.exporter.fold import fold_scales, fold_tensor
 from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
+from austeer.exporter.quantized_formats import Quantization, quantization_of
+from austeer.exporter.quantized_plan import locate_sites, plan_quantized, quantized_notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,9 @@ class MergeSummary:
         files: names of its files.
         tensors: names of the tensors that were patched.
         units: number of folded units.
-        values_changed: weights and bias elements that now have other bits.
+        values_changed: weights, bias elements or scales that now have other bits.
         scale: factor on every γ.
+        notes: what the reader of the result should know.
     """
 
     path: Path
@@ -39,6 +43,7 @@ class MergeSummary:
     units: int
     values_changed: int
     scale: float
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for people."""
@@ -57,10 +62,11 @@ def merge_checkpoint(
 ) -> MergeSummary:
     """Fold `adapter` into a copy of `base`, check the touched tensors, publish it at `out`.
 
-    Bytes that the kernel copied are not read again; `verify_fold_structure` does that.
+    Bytes that the kernel copied are not read again; `verify_fold_structure` does that. In a
+    quantized base the scales carry the gains, each rounded once, and the integers stay.
 
     Args:
-        base: directory with config.json and safetensors weights.
+        base: directory with config.json and safetensors weights, plain or quantized.
         adapter: constant gains at attention, ffn or neuron sites.
         out: new or empty directory.
         scale: factor on every γ.
@@ -92,33 +98,60 @@ def write_folded(
 
     Arguments and errors as in `merge_checkpoint`; nothing is published or verified.
     """
-    refuse_quantized(
-        base,
-        "column gains do not fold into them; fold the unquantized model and quantize the "
-        "result",
-    )
-    checkpoint = open_base(base, adapter, force=force)
-    plan = plan_fold(adapter, checkpoint, shared_names(checkpoint), scale)
+    read_model_config(base)
+    quantization = quantization_of(base)
+    checkpoint = open_base(base, adapter, force=force, quantization=quantization)
+    shared = shared_names(checkpoint)
+    notes: tuple[str, ...] = ()
+    if quantization is None:
+        plan = plan_fold(adapter, checkpoint, shared, scale)
+    else:
+        plan = plan_quantized(adapter, checkpoint, quantization, shared, scale)
+        notes = quantized_notes(adapter, checkpoint, quantization, scale)
     if not isinstance(plan, FoldPlan):
         raise RouteError(f"this adapter cannot fold: {describe_refusals(plan)}")
     files = copy_checkpoint(checkpoint, folder)
     changed = 0
     for name, edits in plan.by_tensor().items():
-        changed += patch_tensor(checkpoint[name], folder, partial(fold_tensor, edits=edits))
+        fold = fold_scales if name in plan.scales else fold_tensor
+        changed += patch_tensor(checkpoint[name], folder, partial(fold, edits=edits))
+    check_effect(changed, scale)
+    card = model_card(adapter.config, "finetune", "transformers", _usage(scale))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    units = sum(len(steered.index) for steered in adapter.sites)
+    names = tuple(plan.by_tensor())
+    return MergeSummary(folder, (*files, "README.md"), names, units, changed, scale, notes)
+
+
+def check_effect(changed: int, scale: float) -> None:
+    """Refuse a fold that changed nothing.
+
+    Raises:
+        RouteError: `changed` values is none.
+    """
     if changed == 0:
         raise RouteError(
             f"the fold changes no value at scale {scale:g}: every gain is 1, or vanishes in "
             "the checkpoint's dtype; raise the scale, or fold a float32 checkpoint"
         )
-    card = model_card(adapter.config, "finetune", "transformers", _usage(scale))
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    units = sum(len(steered.index) for steered in adapter.sites)
-    names = tuple(plan.by_tensor())
-    return MergeSummary(folder, (*files, "README.md"), names, units, changed, scale)
 
 
-def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> Checkpoint:
+def open_base(
+    base: Path,
+    adapter: SteeringAdapter,
+    *,
+    force: bool = False,
+    quantization: Quantization | None = None,
+) -> Checkpoint:
     """Open a base checkpoint and check that `adapter` belongs to it.
+
+    Args:
+        base: model directory.
+        adapter: checked against it.
+        force: accept other weights.
+        quantization: how the base is quantized, if that is to be accepted. An adapter is made
+            for the unquantized weights: where a steered projection is quantized, model type,
+            layers and units are all there is to compare.
 
     Raises:
         ModelError: malformed directory, config or weights.
@@ -133,8 +166,12 @@ def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> C
             f"{config.get('model_type')!r}; use the right base"
         )
     checkpoint = Checkpoint(base)
-    read = checkpoint_reader(adapter.architecture, checkpoint)
-    adapter.check_base(read, adapter.architecture.num_layers(config), force)
+    layers = adapter.architecture.num_layers(config)
+    if quantization is not None and locate_sites(adapter, checkpoint, quantization).scales:
+        for steered in adapter.sites:
+            check_layer(steered.site, layers)
+        return checkpoint
+    adapter.check_base(checkpoint_reader(adapter.architecture, checkpoint), layers, force)
     return checkpoint
 
 
