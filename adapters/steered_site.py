@@ -89,6 +89,19 @@ def check_units(site: Site, index: Int[np.ndarray, " k"], width: int) -> None:
         )
 
 
+def check_layer(site: Site, num_layers: int) -> None:
+    """Refuse a layer that the model does not have.
+
+    Raises:
+        SiteError: a layer number ≥ `num_layers`.
+    """
+    if not 0 <= site.layer < num_layers:
+        raise SiteError(
+            f"{site}: layer {site.layer} outside the model's {num_layers} layers; "
+            "was the adapter made for another model?"
+        )
+
+
 def check_sites(
     sites: Sequence[SteeredSite], architecture: Architecture, num_layers: int, read: ReadTensor
 ) -> None:
@@ -99,11 +112,7 @@ def check_sites(
     """
     for steered in sites:
         site = steered.site
-        if not 0 <= site.layer < num_layers:
-            raise SiteError(
-                f"{site}: layer {site.layer} outside the model's {num_layers} layers; "
-                "was the adapter made for another model?"
-            )
+        check_layer(site, num_layers)
         weight = read(f"{architecture.projection(site)}.weight")
         if weight is None:
             raise SiteError(

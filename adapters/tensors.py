@@ -139,13 +139,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def read_rows(
-    entry: TensorEntry, stream: FileIO
+    entry: TensorEntry, stream: FileIO, *, whole: bool = False
 ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[Any]]]]:
     """A tensor in blocks of rows: number of the first, and values; a scalar is one row.
 
     Args:
         entry: the tensor.
         stream: its file, or another with the same bytes.
+        whole: give all rows at once.
 
     Raises:
         ModelError: a dtype without an equivalent, or a file that became shorter.
@@ -153,7 +154,7 @@ def read_rows(
     """
     dtype, (count, *rest) = entry.numpy_dtype, entry.shape or (1,)
     width = dtype.itemsize * math.prod(rest)
-    step = max(1, _BLOCK // max(1, width))
+    step = max(1, count if whole else _BLOCK // max(1, width))
     for first in range(0, count, step):
         length = min(step, count - first)
         data = _read(stream, entry, first * width, length * width)

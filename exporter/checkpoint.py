@@ -33,8 +33,20 @@ _TEMPLATES = "additional_chat_templates"  # the one subfolder that tokenizers re
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 Rows = np.ndarray[Any, np.dtype[Any]]
-ChangeRows = Callable[[Rows, int], int]
-"""Changes rows of a tensor in place, given the number of the first; says how many values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What to do to a tensor on the way.
+
+    Attributes:
+        apply: changes rows in place, given them and the number of the first; says how many
+            values it changed.
+        whole: it needs all rows at once.
+    """
+
+    apply: Callable[[Rows, int], int]
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,7 @@ class Copied:
 def copy_checkpoint(
     checkpoint: Checkpoint,
     folder: Path,
-    changes: Mapping[str, ChangeRows] | None = None,
+    changes: Mapping[str, Change] | None = None,
     check: Callable[[], None] | None = None,
     *,
     link: bool = False,
@@ -74,7 +86,7 @@ def copy_checkpoint(
         ModelError: a file of the base cannot be read.
         OSError: the copy cannot be written.
     """
-    edits: dict[Path, list[tuple[TensorEntry, ChangeRows]]] = {}
+    edits: dict[Path, list[tuple[TensorEntry, Change]]] = {}
     for name, change in (changes or {}).items():
         edits.setdefault(checkpoint[name].file, []).append((checkpoint[name], change))
     tasks: list[Callable[[Event], int]] = []
@@ -136,7 +148,7 @@ def copy_file(
     source: Path,
     target: Path,
     stopped: Event | None = None,
-    changes: Iterable[tuple[TensorEntry, ChangeRows]] = (),
+    changes: Iterable[tuple[TensorEntry, Change]] = (),
 ) -> int:
     """Copy content, never mode or links; the kernel clones blocks where it can.
 
@@ -154,8 +166,8 @@ def copy_file(
         size = os.fstat(read.fileno()).st_size
         for entry, change in sorted(changes, key=lambda one: one[0].start):
             _copy_range(read, write, position, entry.start, stopped)
-            for first, rows in read_rows(entry, read):
-                changed += change(rows, first)
+            for first, rows in read_rows(entry, read, whole=change.whole):
+                changed += change.apply(rows, first)
                 _write_all(write, rows.reshape(-1).view(np.uint8).data)
             position = entry.start + entry.size
         _copy_range(read, write, position, size, stopped)

@@ -181,8 +181,9 @@ def fit(as_json: bool, **options: Any) -> None:
 def merge(as_json: bool, code: bool, **options: Any) -> None:
     """Fold ADAPTER into the weights of MODEL: a plain safetensors checkpoint.
 
-    With --dtype the weights are written in that dtype, and compared in it; with --code they
-    are only compared in it.
+    In a quantized MODEL output gains go into its scales. MODEL may be a GGUF file; OUT is one
+    then. With --dtype the weights are written in that dtype, and compared in it; with --code
+    they are only compared in it.
     """
     if code and options["max_shard_size"]:
         raise click.UsageError("--max-shard-size: with --code weight files stay as they are")
@@ -327,3 +328,5 @@ def _print_product(row: dict[str, Any], as_json: bool) -> None:
     print_table(
         "Verified" if row["verified"] else "Not verified", PRODUCT_HEADER, product_rows([row])
     )
+    for note in row.get("notes", ()):
+        click.echo(f"note: {note}")

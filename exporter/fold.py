@@ -15,6 +15,8 @@ from austeer.exporter.plan import TensorEdit
 
 Array = np.ndarray[Any, Any]
 
+_COARSEST = 2.0**-8  # relative error of rounding to bfloat16, the coarsest dtype of scales
+
 
 def fold_tensor(tensor: Array, edits: Sequence[TensorEdit]) -> Array:
     """A copy of `tensor` with every edited slice multiplied by its gain.
@@ -81,6 +83,60 @@ def _within(edit: TensorEdit, first: int, count: int) -> TensorEdit:
 def _differing(before: Array, after: Array) -> int:
     bits = np.dtype(f"u{before.itemsize}")
     return int(np.count_nonzero(before.view(bits) != after.view(bits)))
+
+
+def fold_scales(scales: Array, edits: Sequence[TensorEdit]) -> Array:
+    """A copy of a quantized projection's scales, those of every edited unit times its gain.
+
+    The same arithmetic as `fold_tensor`; the integers that go with the scales stay, so that
+    the product dequantizes to what the base does with each scale rounded once. Below the
+    normals of a dtype roundings are all of one size (float16: 3e-8, and six-bit GGML blocks
+    keep scales around 1e-5 there): a unit may be off by 1/256 of what it was or becomes,
+    bfloat16's own rounding, and no more; nor may it vanish, but for a gain of 0.
+
+    Args:
+        scales: float scales, one axis counts units.
+        edits: edits of these scales.
+
+    Raises:
+        RouteError: a scale leaves the dtype's range, above or below; names site and unit.
+    """
+    folded = fold_tensor(scales, edits)
+    for edit in edits:
+        before, after = (
+            np.moveaxis(values.take(edit.index, edit.axis), edit.axis, 0)
+            .astype(np.float64)
+            .reshape(len(edit.index), -1)
+            for values in (scales, folded)
+        )
+        wanted = before * edit.gain[:, None]
+        off = np.abs(after - wanted).max(axis=1)
+        allowed = _COARSEST * np.maximum(np.abs(before), np.abs(wanted)).max(axis=1)
+        lost = (off > allowed) | (wanted.any(axis=1) & ~after.any(axis=1))
+        if lost.any():
+            row = int(lost.argmax())
+            raise RouteError(
+                f"{edit.sites[0]}: unit {edit.index[row]} times gain {edit.gain[row]:g}: its "
+                f"scales in {edit.name}, at most {np.abs(wanted[row]).max():.2g}, are too "
+                f"small for {scales.dtype}; leave the unit out, or fold the unquantized model"
+            )
+    return folded
+
+
+def fold_scale_rows(rows: Array, first: int, edits: Sequence[TensorEdit]) -> int:
+    """Do in place, to all scales of a projection, what `fold_scales` does.
+
+    Returns:
+        How many have other bits now.
+
+    Raises:
+        RouteError: as for `fold_scales`.
+    """
+    assert first == 0  # whether a unit vanishes only all its scales tell
+    folded = fold_scales(rows, edits)
+    changed = _differing(rows, folded)
+    rows[...] = folded
+    return changed
 
 
 def round_once(wide: Float[np.ndarray, "*shape"], dtype: np.dtype[Any]) -> Array:

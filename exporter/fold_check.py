@@ -26,6 +26,8 @@ from austeer.adapters.tensors import Checkpoint, TensorEntry, read_rows
 from austeer.exporter._threads import run_in_threads
 from austeer.exporter.fold import round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES
+from austeer.exporter.quantized_formats import Quantization, quantization_of
+from austeer.exporter.quantized_plan import INPUT_SIDE, bias_entry, locate_sites
 from austeer.exporter.rewrite import STORED_DTYPES, name_dtype
 
 Array = np.ndarray[Any, Any]
@@ -63,7 +65,8 @@ def verify_fold_structure(
     Each value of a touched projection is g_out · W · g_in within one rounding of the stored
     dtype, so that W'·x == g_out ⊙ W·(g_in ⊙ x) for every x; biases likewise; slices without a
     gain and all other tensors are byte-identical, or rounded once where all floats got
-    another dtype; config.json is the base's, but for that.
+    another dtype; config.json is the base's, but for that. Of a quantized projection the
+    scales are the touched tensor.
 
     Args:
         base: directory of the base checkpoint.
@@ -78,8 +81,15 @@ def verify_fold_structure(
         ModelError: one of the two cannot be read.
     """
     before, after = Checkpoint(base), Checkpoint(folder)
-    _check_same_config(base, folder, converted=_check_same_tensors(before, after))
-    gains = dict(_gains(adapter, before, scale))
+    quantization = quantization_of(base)
+    converted = _check_same_tensors(before, after)
+    if quantization is None:
+        gains = dict(_gains(adapter, before, scale))
+    else:
+        if converted is not None:
+            raise VerificationError(f"{folder}: a quantized base got another dtype")
+        gains = dict(_quantized_gains(adapter, before, quantization, scale))
+    _check_same_config(base, folder, converted=converted)
     others = [] if touched_only else sorted(set(before) - set(gains))
     for name in others:
         if before[name].dtype != after[name].dtype:
@@ -111,14 +121,37 @@ def _gains(
         for name, along in targets:
             entry = checkpoint.find(adapter.architecture.disk_names(name))
             if entry is not None:
-                gain = _dense_gain(steered, entry.shape[along], scale)
+                gain = dense_gain(steered, entry.shape[along], scale)
                 found.setdefault(entry.name, {})[along] = gain
             elif not name.endswith(".bias"):
                 raise VerificationError(f"{checkpoint.root}: {name} is not in the checkpoint")
     yield from found.items()
 
 
-def _dense_gain(steered: SteeredSite, width: int, scale: float) -> Float[np.ndarray, " width"]:
+def _quantized_gains(
+    adapter: SteeringAdapter, checkpoint: Checkpoint, quantization: Quantization, scale: float
+) -> Iterator[tuple[str, dict[int, Float[np.ndarray, " width"]]]]:
+    """The same where scales carry the gains of quantized projections."""
+    sites = locate_sites(adapter, checkpoint, quantization)
+    if sites.plain is not None:
+        yield from _gains(sites.plain, checkpoint, scale)
+    for steered, scales in sites.scales:
+        if isinstance(scales, str) or steered.site.component is not Component.FFN:
+            reason = scales if isinstance(scales, str) else INPUT_SIDE
+            raise VerificationError(f"{checkpoint.root}: {steered.site}: {reason}")
+        gain = dense_gain(steered, scales.rows, scale)
+        yield scales.entry.name, {scales.axis: gain}
+        bias = bias_entry(adapter, steered, checkpoint)
+        if bias is not None:
+            yield bias.name, {0: gain}
+
+
+def dense_gain(steered: SteeredSite, width: int, scale: float) -> Float[np.ndarray, " width"]:
+    """The gain of every unit of a site, 1 where it is not steered.
+
+    Raises:
+        SiteError: a unit that the base does not have.
+    """
     steered.check_width(width)
     gain = np.ones(width)
     gain[steered.index] = 1.0 + scale * steered.gamma.astype(np.float64)
@@ -129,39 +162,38 @@ def _tensor_error(
     before: TensorEntry, after: TensorEntry, gains: dict[int, Gain], stopped: Event
 ) -> float:
     """Largest error of one touched tensor, in units of the bound; above 1 is an error."""
-    worst = 0.0
+    worst, what = 0.0, f"{after.file}: {after.name}"
     with before.file.open("rb", buffering=0) as old, after.file.open("rb", buffering=0) as new:
         blocks = zip(read_rows(before, old), read_rows(after, new), strict=True)
         for (first, old_rows), (_, new_rows) in blocks:
             here = gains | {0: gains[0][first : first + len(old_rows)]} if 0 in gains else gains
-            if (error := _rows_error(old_rows, new_rows, here)) is None:
-                raise VerificationError(
-                    f"{after.file}: {after.name} differs where no unit is steered"
-                )
-            # Not its opposite: an error may be nan.
-            if not error <= 1.0:
-                raise VerificationError(
-                    f"{after.file}: {after.name} is not the base times its gains: a value is "
-                    f"off by {error:.3g} roundings of {after.dtype}, expected at most 1; "
-                    "fold again"
-                )
-            worst = max(worst, error)
+            if old_rows.dtype != new_rows.dtype:
+                # What the new dtype made of the base carries the gains.
+                old_rows = round_once(old_rows.astype(np.float64), new_rows.dtype)
+            worst = max(worst, values_error(old_rows, new_rows, here, what))
             if stopped.is_set():
                 break
     return worst
 
 
-def _rows_error(old: Array, new: Array, gains: dict[int, Gain]) -> float | None:
-    """Largest error of some rows; None where a value differs that no gain touches."""
-    if old.dtype != new.dtype:
-        # What the new dtype made of the base carries the gains.
-        old = round_once(old.astype(np.float64), new.dtype)
+def values_error(old: Array, new: Array, gains: dict[int, Gain], what: str) -> float:
+    """Largest error of one touched tensor's values, in units of what one rounding can do.
+
+    Args:
+        old: the base's values, any float dtype.
+        new: the product's, of the same dtype.
+        gains: the gain of every unit along each steered axis.
+        what: names the tensor in errors.
+
+    Raises:
+        VerificationError: an error above 1, or a difference where no unit is steered.
+    """
     steered = {axis: np.flatnonzero(gain != 1.0) for axis, gain in gains.items()}
     different = _bits(old) != _bits(new)
     for axis, units in steered.items():
         different[(slice(None),) * axis + (units,)] = False
     if different.any():
-        return None
+        raise VerificationError(f"{what} differs where no unit is steered")
     if not any(map(len, steered.values())):
         return 0.0
     if len(steered) == 1:
@@ -169,7 +201,14 @@ def _rows_error(old: Array, new: Array, gains: dict[int, Gain]) -> float | None:
         ((axis, units),) = steered.items()
         old, new = old.take(units, axis), new.take(units, axis)
         gains = {axis: gains[axis][units]}
-    return _largest_error(old, new, gains)
+    error = _largest_error(old, new, gains)
+    # Not its opposite: an error may be nan.
+    if not error <= 1.0:
+        raise VerificationError(
+            f"{what} is not the base times its gains: a value is off by {error:.3g} roundings "
+            f"of {new.dtype}, expected at most 1; fold again"
+        )
+    return error
 
 
 def _bits(rows: Array) -> Array:

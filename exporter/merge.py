@@ -14,11 +14,14 @@ from austeer.adapters._files import publish_directory, read_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import checkpoint_reader
+from austeer.adapters.steered_site import check_layer
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.checkpoint import Copied, copy_checkpoint, shared_names
-from austeer.exporter.fold import fold_rows
+from austeer.exporter.checkpoint import Change, Copied, copy_checkpoint, shared_names
+from austeer.exporter.fold import fold_rows, fold_scale_rows
 from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
+from austeer.exporter.quantized_formats import Quantization, quantization_of
+from austeer.exporter.quantized_plan import locate_sites, plan_quantized, quantized_notes
 from austeer.exporter.rewrite import rewrite_checkpoint
 from austeer.exporter.settings import StoredAs
 
@@ -32,8 +35,9 @@ class MergeSummary:
         files: names of its files.
         tensors: names of the tensors that were patched.
         units: number of folded units.
-        values_changed: weights and bias elements that now have other bits.
+        values_changed: weights, bias elements or scales that now have other bits.
         scale: factor on every γ.
+        notes: what the reader of the result should know.
     """
 
     path: Path
@@ -42,6 +46,7 @@ class MergeSummary:
     units: int
     values_changed: int
     scale: float
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for people."""
@@ -66,10 +71,11 @@ def merge_checkpoint(
 ) -> MergeSummary:
     """Fold `adapter` into a copy of `base`, check the touched tensors, publish it at `out`.
 
-    Bytes that the kernel copied are not read again; `verify_fold_structure` does that.
+    Bytes that the kernel copied are not read again; `verify_fold_structure` does that. In a
+    quantized base the scales carry the gains, each rounded once, and the integers stay.
 
     Args:
-        base: directory with config.json and safetensors weights.
+        base: directory with config.json and safetensors weights, plain or quantized.
         adapter: constant gains at attention, ffn or neuron sites.
         out: new or empty directory.
         scale: factor on every γ.
@@ -104,29 +110,44 @@ def write_folded(
 
     Arguments and errors as in `merge_checkpoint`; nothing is published or verified.
     """
-    refuse_quantized(
-        base,
-        "column gains do not fold into them; fold the unquantized model and quantize the "
-        "result",
-    )
-    checkpoint, check = _open(base, adapter, force)
-    plan = plan_fold(adapter, checkpoint, shared_names(checkpoint), scale)
+    read_model_config(base)
+    stored, quantization = stored or StoredAs(), quantization_of(base)
+    if quantization is not None and stored.anew:
+        raise RouteError(
+            f"{base}: its weights are quantized and stay as they are; leave out dtype and "
+            "max_shard_size"
+        )
+    checkpoint, check = _open(base, adapter, force, quantization)
+    shared = shared_names(checkpoint)
+    notes: tuple[str, ...] = ()
+    if quantization is None:
+        plan = plan_fold(adapter, checkpoint, shared, scale)
+    else:
+        plan = plan_quantized(adapter, checkpoint, quantization, shared, scale)
+        notes = quantized_notes(adapter, checkpoint, quantization, scale)
     if not isinstance(plan, FoldPlan):
         check()
         raise RouteError(f"this adapter cannot fold: {describe_refusals(plan)}")
-    copied = _write(checkpoint, folder, plan, stored or StoredAs(), check)
-    if copied.changed == 0:
+    copied = _write(checkpoint, folder, plan, stored, check)
+    check_effect(copied.changed, scale)
+    card = model_card(adapter.config, "finetune", "transformers", _usage(scale))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    units = sum(len(steered.index) for steered in adapter.sites)
+    names, files = tuple(plan.by_tensor()), (*copied.names, "README.md")
+    return MergeSummary(folder, files, names, units, copied.changed, scale, notes)
+
+
+def check_effect(changed: int, scale: float) -> None:
+    """Refuse a fold that changed nothing.
+
+    Raises:
+        RouteError: `changed` values is none.
+    """
+    if changed == 0:
         raise RouteError(
             f"the fold changes no value at scale {scale:g}: every gain is 1, or vanishes in "
             "the checkpoint's dtype; raise the scale, or fold a float32 checkpoint"
         )
-    card = model_card(adapter.config, "finetune", "transformers", _usage(scale))
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    units = sum(len(steered.index) for steered in adapter.sites)
-    names = tuple(plan.by_tensor())
-    return MergeSummary(
-        folder, (*copied.names, "README.md"), names, units, copied.changed, scale
-    )
 
 
 def _write(
@@ -140,26 +161,43 @@ def _write(
     if stored.anew:
         return rewrite_checkpoint(checkpoint, folder, plan.by_tensor(), stored, check)
     changes = {
-        name: partial(fold_rows, edits=edits) for name, edits in plan.by_tensor().items()
+        name: Change(partial(fold_scale_rows, edits=edits), whole=True)
+        if name in plan.scales
+        else Change(partial(fold_rows, edits=edits))
+        for name, edits in plan.by_tensor().items()
     }
     return copy_checkpoint(checkpoint, folder, changes, check, link=stored.link)
 
 
-def open_base(base: Path, adapter: SteeringAdapter, *, force: bool = False) -> Checkpoint:
+def open_base(
+    base: Path,
+    adapter: SteeringAdapter,
+    *,
+    force: bool = False,
+    quantization: Quantization | None = None,
+) -> Checkpoint:
     """Open a base checkpoint and check that `adapter` belongs to it.
+
+    Args:
+        base: model directory.
+        adapter: checked against it.
+        force: accept other weights.
+        quantization: how the base is quantized, if that is to be accepted. An adapter is made
+            for the unquantized weights: where a steered projection is quantized, model type,
+            layers and units are all there is to compare.
 
     Raises:
         ModelError: malformed directory, config or weights.
         AdapterError: other model type, or other weights (unless `force`).
         SiteError: a unit or layer that the base does not have.
     """
-    checkpoint, check = _open(base, adapter, force)
+    checkpoint, check = _open(base, adapter, force, quantization)
     check()
     return checkpoint
 
 
 def _open(
-    base: Path, adapter: SteeringAdapter, force: bool
+    base: Path, adapter: SteeringAdapter, force: bool, quantization: Quantization | None
 ) -> tuple[Checkpoint, Callable[[], None]]:
     """The checkpoint, and what remains of the check of `open_base`: it reads weights."""
     config = read_model_config(base)
@@ -170,9 +208,16 @@ def _open(
             f"{config.get('model_type')!r}; use the right base"
         )
     checkpoint = Checkpoint(base)
+    layers = adapter.architecture.num_layers(config)
+    if quantization is not None and locate_sites(adapter, checkpoint, quantization).scales:
+        return checkpoint, partial(_check_layers, adapter, layers)
     read = checkpoint_reader(adapter.architecture, checkpoint)
-    num_layers = adapter.architecture.num_layers(config)
-    return checkpoint, partial(adapter.check_base, read, num_layers, force)
+    return checkpoint, partial(adapter.check_base, read, layers, force)
+
+
+def _check_layers(adapter: SteeringAdapter, layers: int) -> None:
+    for steered in adapter.sites:
+        check_layer(steered.site, layers)
 
 
 def read_model_config(base: Path) -> dict[str, Any]:

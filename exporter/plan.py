@@ -43,9 +43,15 @@ class TensorEdit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldPlan:
-    """Every edit that absorbs an adapter into a checkpoint; at most one per tensor and axis."""
+    """Every edit that absorbs an adapter into a checkpoint; at most one per tensor and axis.
+
+    Attributes:
+        edits: the edits.
+        scales: names of touched tensors that are the scales of quantized weights.
+    """
 
     edits: tuple[TensorEdit, ...]
+    scales: frozenset[str] = frozenset()
 
     def by_tensor(self) -> dict[str, tuple[TensorEdit, ...]]:
         """The edits of each touched tensor, in plan order."""

@@ -14,6 +14,13 @@ from austeer.adapters._files import check_output_free, publish_directory
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
+from austeer.exporter.gguf_file import is_gguf
+from austeer.exporter.quantized_products import (
+    check_kind,
+    quantized_base,
+    verify_quantized,
+    write_quantized,
+)
 from austeer.exporter.route_steps import prove_product, write_product
 from austeer.exporter.routes import Route, check_installed, check_routes, route_of
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest
@@ -166,6 +173,10 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
         verify=request.handling.verify,
     )
     pairs = read_pairs(request.pairs) if request.pairs else []
+    quantized = quantized_base(request.base, request.route)
+    if quantized is not None:
+        row = write_quantized(quantized, adapter, request.out, request.handling)
+        return Export(request.route, request.out, row)
     if request.route is not Route.ONNX and not request.handling.verify:
         return _write_unverified(request, adapter)
     progress("load the base model", 0, 1)
@@ -204,10 +215,15 @@ def verify_product(
     handling = Handling(
         scale=scale, force=force, trust_remote_code=base_options.trust_remote_code
     )
-    route = route_of(product)
+    if is_gguf(product):
+        check_kind(product, base_options.model)
+    route = Route.SAFETENSORS if is_gguf(product) else route_of(product)
     check_installed(route)
     adapter = SteeringAdapter.from_pretrained(adapter_name)
     pairs = read_pairs(pairs_file) if pairs_file else []
+    quantized = quantized_base(base_options, route)
+    if quantized is not None:
+        return Export(route, product, verify_quantized(quantized, product, adapter, handling))
     started = time.monotonic()
     base = load_base(base_options)
     prompts = verification_prompts(render_pairs(pairs, base.tokenizer))

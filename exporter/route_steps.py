@@ -62,8 +62,11 @@ def write_product(
 
         write_peft(base.folder, adapter, folder, route=route, scale=scale, force=force)
     else:
-        from austeer.exporter.merge import write_folded
+        from austeer.exporter.merge import refuse_quantized, write_folded
 
+        refuse_quantized(
+            base.folder, "fit the unquantized model, then merge the adapter into this one"
+        )
         stored = handling.stored
         write_folded(base.folder, adapter, folder, scale=scale, force=force, stored=stored)
 

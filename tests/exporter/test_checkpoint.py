@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from austeer.adapters import ModelError, tensors
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.checkpoint import copy_checkpoint, copy_file, shared_names
+from austeer.exporter.checkpoint import Change, copy_checkpoint, copy_file, shared_names
 
 TAKEN = (
     "LICENSE",
@@ -134,7 +134,7 @@ def test_a_change_touches_one_tensor_and_is_counted(base: Path, out: Path) -> No
         rows[2 - first] *= 2
         return 4
 
-    assert copy_checkpoint(checkpoint, out, {"a": double_last_row}).changed == 4
+    assert copy_checkpoint(checkpoint, out, {"a": Change(double_last_row)}).changed == 4
     assert Checkpoint(out)["a"].read()[2].tolist() == [16, 18, 20, 22]
     before, after = ((f / "model.safetensors").read_bytes() for f in (base, out))
     assert before[: entry.start] == after[: entry.start]
@@ -152,7 +152,7 @@ def test_changes_come_in_blocks_of_rows(
         rows *= -1
         return rows.size
 
-    found = copy_checkpoint(Checkpoint(base), out, {"a": negate, "c": negate})
+    found = copy_checkpoint(Checkpoint(base), out, {"a": Change(negate), "c": Change(negate)})
     assert found.changed == 16
     assert seen == [
         (0, [[0, 1, 2, 3], [4, 5, 6, 7]]),
@@ -163,6 +163,16 @@ def test_changes_come_in_blocks_of_rows(
     assert copied["a"].read().tobytes() == (-original["a"].read()).tobytes()
     assert copied["b"].read().tobytes() == original["b"].read().tobytes()
     assert np.signbit(copied["c"].read()).all()
+
+
+def test_a_change_of_the_whole_gets_all_rows(
+    base: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "_BLOCK", 1)
+    shapes = []
+    note = Change(lambda rows, first: shapes.append((first, rows.shape)) or 0, whole=True)
+    copy_checkpoint(Checkpoint(base), out, {"a": note})
+    assert shapes == [(0, (3, 4))]
 
 
 def test_a_failed_check_ends_the_copy(base: Path, out: Path) -> None:
@@ -180,7 +190,7 @@ def test_a_file_that_shrinks_while_it_is_read(base: Path, out: Path) -> None:
 
     first = min(Checkpoint(base).values(), key=lambda entry: entry.start)
     with pytest.raises(ModelError, match=r"model\.safetensors: became shorter"):
-        copy_checkpoint(Checkpoint(base), out, {first.name: truncate})
+        copy_checkpoint(Checkpoint(base), out, {first.name: Change(truncate)})
 
 
 def test_shared_names_come_from_the_writers_note(tmp_path: Path) -> None:

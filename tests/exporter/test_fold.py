@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from austeer.adapters import RouteError
-from austeer.exporter.fold import fold_rows, fold_tensor, round_once
+from austeer.adapters.sites import Component, Site
+from austeer.exporter.fold import fold_rows, fold_scales, fold_tensor, round_once
 from austeer.exporter.plan import TensorEdit
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -151,3 +152,44 @@ def test_overflow_in_a_block_names_the_tensors_unit() -> None:
         fold_rows(weight[2:], 2, [edit(0, [0, 3], [9.0, 2.0])])
     with pytest.raises(RouteError, match="w: unit 3 times gain 2 leaves"):
         fold_rows(weight[2:], 2, [edit(1, [3], [2.0])])
+
+
+def scale_edit(gain: float, axis: int = 0) -> TensorEdit:
+    site = Site(3, Component.FFN)
+    return TensorEdit("down_proj.scales", axis, np.array([1]), np.array([gain]), (site,))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scales_of_a_unit_are_rounded_once(axis: int) -> None:
+    scales = np.random.default_rng(0).uniform(1e-3, 1, (4, 4)).astype(np.float16)
+    folded = fold_scales(scales, [scale_edit(-0.37, axis)])
+    wanted = scales.copy()
+    view = wanted if axis == 0 else wanted.T
+    view[1] = (view[1].astype(np.float64) * -0.37).astype(np.float16)
+    assert folded.tobytes() == wanted.tobytes()
+
+
+def test_small_scales_may_be_rounded_as_coarsely_as_bfloat16() -> None:
+    # float16 has no normals below 6.1e-5; blocks of six bits keep their scales there.
+    small = np.array([[1e-3], [1.5e-5], [1e-3]], np.float16)
+    for gain in (3.0, 0.7, -0.1):
+        wanted = np.float16(float(small[1, 0]) * gain)
+        assert fold_scales(small, [scale_edit(gain)])[1, 0] == wanted
+    # A block of nearly nothing may vanish beside others of its row.
+    row = np.array([[1.0, 1.0], [1e-3, 6e-8], [1.0, 1.0]], np.float16)
+    assert fold_scales(row, [scale_edit(0.4)])[1].tolist() == [np.float16(row[1, 0] * 0.4), 0]
+    assert not fold_scales(row, [scale_edit(0.0)])[1].any()
+    assert not fold_scales(row * np.float16(0), [scale_edit(0.4)])[1].any()
+
+
+@pytest.mark.parametrize(("scale", "gain"), [(1.5e-6, 0.71), (1.5e-6, 1.03), (1e-3, 1e-6)])
+def test_scales_too_small_for_their_dtype_are_refused(scale: float, gain: float) -> None:
+    scales = np.full((3, 2), scale, np.float16)
+    with pytest.raises(RouteError, match=r"layers.3.ffn: unit 1 times gain.*float16"):
+        fold_scales(scales, [scale_edit(gain)])
+    assert fold_scales(scales.astype(np.float32), [scale_edit(gain)])[1].all()
+
+
+def test_scales_that_overflow_are_refused() -> None:
+    with pytest.raises(RouteError, match=r"unit 1 times gain 1e\+06 leaves the range"):
+        fold_scales(np.ones((3, 2), np.float16), [scale_edit(1e6)])
