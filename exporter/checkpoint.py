@@ -6,7 +6,6 @@ Memory is that of one tensor; files share disk blocks with the base where the fi
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, TensorEntry
+from austeer.adapters._files import refuse_foreign_link
+from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, TensorEntry, read_metadata
 
 _BUFFER = 1 << 20
 _RANGE = 1 << 28
@@ -35,13 +35,13 @@ def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Copy weights, config, tokenizer, templates, custom code and licence into `folder`.
 
     Other weight formats, pickles, the model card, dot files and subfolders stay behind;
-    symlinks are followed.
+    symlinks are followed, those of companions within the model's directory and a Hub cache.
 
     Returns:
         Names of the copied files, relative, sorted.
 
     Raises:
-        ModelError: a file of the base cannot be read.
+        ModelError: a file of the base cannot be read, or is a link out of it.
         OSError: the copy cannot be written.
     """
     sources = sorted([*checkpoint.files, *_companions(checkpoint)])
@@ -129,17 +129,10 @@ def shared_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """
     groups: dict[str, set[str]] = {}
     for file in checkpoint.files:
-        for dropped, kept in _metadata(file).items():
+        for dropped, kept in read_metadata(file).items():
             if kept in checkpoint:
                 groups.setdefault(kept, {kept}).add(dropped)
     return {name: tuple(sorted(names - {name})) for names in groups.values() for name in names}
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    found = header.get("__metadata__")
-    return found if isinstance(found, dict) else {}
 
 
 def _companions(checkpoint: Checkpoint) -> Iterator[Path]:
@@ -147,9 +140,9 @@ def _companions(checkpoint: Checkpoint) -> Iterator[Path]:
     sharded = checkpoint.files != [root / SINGLE]
     for path in sorted(root.iterdir()):
         if _wanted(path, sharded):
-            yield _existing(path)
+            yield _existing(path, root)
     if (root / _TEMPLATES).is_dir():
-        yield from (_existing(path) for path in sorted((root / _TEMPLATES).glob("*.jinja")))
+        yield from (_existing(x, root) for x in sorted((root / _TEMPLATES).glob("*.jinja")))
 
 
 def _wanted(path: Path, sharded: bool) -> bool:
@@ -162,7 +155,8 @@ def _wanted(path: Path, sharded: bool) -> bool:
     return legal or path.suffix.lower() in _SUFFIXES
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: Path, root: Path) -> Path:
     if not path.is_file():
         raise ModelError(f"{path}: expected a file or a link to one; download the whole model")
+    refuse_foreign_link(path, root, ModelError)
     return path

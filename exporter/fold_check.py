@@ -6,7 +6,6 @@ within one rounding, so that W'·x == g_out ⊙ W·(g_in ⊙ x); all else must b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from austeer.adapters._errors import ModelError, VerificationError
+from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite
@@ -24,6 +24,7 @@ from austeer.adapters.tensors import Checkpoint, TensorEntry
 
 Array = np.ndarray[Any, Any]
 _CHUNK = 1 << 24
+_WHOLE = "is the directory complete?"
 _SLACK = 1e-15  # rounding of float64 products, relative
 
 
@@ -71,7 +72,8 @@ def verify_fold_structure(
     """
     before, after = Checkpoint(base), Checkpoint(folder)
     _check_same_tensors(before, after)
-    if _json(base / "config.json") != _json(folder / "config.json"):
+    configs = [read_json(where / "config.json", ModelError, _WHOLE) for where in (base, folder)]
+    if configs[0] != configs[1]:
         raise VerificationError(f"{folder}/config.json: differs from the base's")
     gains = dict(_gains(adapter, before, scale))
     others = [] if touched_only else sorted(set(before) - set(gains))
@@ -183,10 +185,3 @@ def same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
             if first.read(length) != second.read(length):
                 return False
     return True
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot read it as JSON ({error})") from error
