@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+_HALF = 1000  # characters of either end of a message that are shown
+
 
 class AusteerError(Exception):
     """Base of every error that a user's input can cause.
 
-    The message is one line, fit to be printed without a traceback.
+    The message is one line, fit to be printed without a traceback: names and values of
+    strangers' files are in it, so what would not print, or not end, is escaped or cut.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        shown = _cut(message)
+        if not shown.isprintable():
+            shown = _cut("".join(x if x.isprintable() else repr(x)[1:-1] for x in shown))
+        super().__init__(shown)
 
 
 class PairsError(AusteerError):
@@ -71,3 +80,7 @@ class NoEffectError(AusteerError):
     def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.report = report or {}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 2 * _HALF else f"{text[:_HALF]}…{text[-_HALF:]}"

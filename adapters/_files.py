@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from austeer.adapters._errors import AusteerError, OutputError
+from austeer.adapters._json import parse_json, read_text
 
 
 def check_output_free(out: Path) -> None:
@@ -101,10 +102,11 @@ def read_json(path: Path, error: type[AusteerError], remedy: str) -> dict[str, A
         remedy: what to do about a file that is not there, ends the message.
 
     Raises:
-        AusteerError: of class `error`: unreadable, not JSON, or not an object.
+        AusteerError: of class `error`: unreadable, not JSON or beyond its bounds, or not an
+            object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
     except OSError as failure:
         raise error(f"{path}: cannot read it ({failure.strerror}); {remedy}") from failure
     except ValueError as failure:
@@ -112,6 +114,29 @@ def read_json(path: Path, error: type[AusteerError], remedy: str) -> dict[str, A
     if not isinstance(values, dict):
         raise error(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def refuse_foreign_link(path: Path, root: Path, error: type[AusteerError]) -> None:
+    """Refuse to copy what a link in a model's directory brings in from elsewhere.
+
+    A product is made to be given away, and a stranger's link may name any file of this
+    machine. Links of a Hub cache, from `snapshots/` into the `blobs/` beside it, are followed.
+
+    Args:
+        path: a file below `root`.
+        root: the directory that it is copied from.
+        error: class of the refusal.
+
+    Raises:
+        AusteerError: of class `error`.
+    """
+    found, whole = path.resolve(), root.resolve()
+    caches = [x.parent / "blobs" for x in whole.parents if x.name == "snapshots"]
+    if not any(found.is_relative_to(place) for place in (whole, *caches)):
+        raise error(
+            f"{path}: is a link out of the model's directory, to {found}; "
+            "put the file itself there, if it is to be copied"
+        )
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,13 +6,19 @@ import csv
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from austeer.adapters._errors import PairsError
+from austeer.adapters._json import parse_json
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _FORMATS = (*_JSON_LINES, ".csv", ".parquet")
+_MAX_ROW = 1 << 24
+_MAX_GROUP = 1 << 28
+_MOST_ROWS = 1024
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -29,7 +35,7 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
         if suffix == ".csv":
             return _csv_rows(path)
         if suffix == ".parquet":
-            return _dataset_rows(source, "parquet", data_files=source, split="train")
+            return _parquet_rows(source)
         raise PairsError(f"{source}: expected a file ending in {', '.join(_FORMATS)}")
     local = suffix in _FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1
     if path.exists() or local or not source:
@@ -46,8 +52,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise PairsError(
                 f"{where}: expected one JSON object per line, not valid JSON ({error})"
             ) from error
@@ -57,12 +63,21 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
     header: list[str] | None = None
-    number = 1
+    number, taken = 1, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal taken
+        for _, line in _lines(path):
+            taken += len(line)
+            if taken > _MAX_ROW:  # quoted, a row has any number of lines
+                raise _too_long(f"{path}:{number}")
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
     try:
         for cells in reader:
-            where, number = f"{path}:{number}", reader.line_num + 1
+            where, number, taken = f"{path}:{number}", reader.line_num + 1, 0
             if not cells:
                 continue
             if header is None:
@@ -92,8 +107,8 @@ def _csv_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     if not row.get("messages"):
         return {name: cell for name, cell in row.items() if name != "messages"}
     try:
-        row["messages"] = json.loads(row["messages"])
-    except (ValueError, RecursionError) as error:
+        row["messages"] = parse_json(row["messages"])
+    except ValueError as error:
         raise PairsError(f"{where}: messages: not valid JSON ({error})") from error
     return {name: cell for name, cell in row.items() if name != "prompt" or cell}
 
@@ -102,7 +117,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Decoded lines with their numbers; only a line feed ends a line, as in JSONL."""
     try:
         with path.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
+            for number, raw in enumerate(iter(partial(stream.readline, _MAX_ROW + 1), b""), 1):
+                if len(raw) > _MAX_ROW:
+                    raise _too_long(f"{path}:{number}")
                 try:
                     yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -112,6 +129,30 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     ) from error
     except OSError as error:
         raise PairsError(f"{path}: cannot read it ({error.strerror})") from error
+
+
+def _too_long(where: str) -> PairsError:
+    return PairsError(f"{where}: a row of more than {_MAX_ROW} bytes; is it a pairs file?")
+
+
+def _parquet_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """As the rows of a dataset, so few at once that what they unpack to has an end."""
+    try:
+        metadata = import_module("pyarrow.parquet").read_metadata(source)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        largest = max((group.total_byte_size for group in groups), default=0)
+    except Exception:  # no pyarrow, or no Parquet file: datasets says it better
+        largest = 0
+    if largest > _MAX_GROUP:
+        raise PairsError(
+            f"{source}: a row group of {largest} bytes once unpacked, at most {_MAX_GROUP} are "
+            "read; write it with smaller row groups, or as .jsonl"
+        )
+    # A value may stand in a group once, and in each of its rows.
+    few = max(1, min(_MOST_ROWS, _MAX_GROUP // max(largest, 1)))
+    yield from _dataset_rows(
+        source, "parquet", data_files=source, split="train", batch_size=few
+    )
 
 
 def _dataset_rows(
@@ -131,6 +172,8 @@ def _dataset_rows(
     try:
         rows = datasets.load_dataset(name, streaming=True, **options)
         for number, row in enumerate(rows, 1):
+            if sum(len(value) for value in row.values() if isinstance(value, str)) > _MAX_ROW:
+                raise _too_long(f"{label}:{number}")
             absent = [key for key in ("prompt", "messages") if row.get(key) is None]
             yield f"{label}:{number}", {k: v for k, v in row.items() if k not in absent}
     except PairsError:

@@ -273,7 +273,7 @@ def _local_folder(name: str, revision: str | None) -> Path:
             f"{name}: expected an adapter directory or a Hub id (owner/name), found neither"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(
@@ -281,7 +281,7 @@ def _local_folder(name: str, revision: str | None) -> Path:
                 name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise AdapterError(
             f"{name}: no such directory, and the Hub did not give it ({type(error).__name__}); "
             "check the name and the network"

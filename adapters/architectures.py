@@ -118,7 +118,7 @@ class Architecture:
         """
         for key in self.layer_keys:
             value = config.get(key)
-            if isinstance(value, int) and value > 0:
+            if type(value) is int and value > 0:
                 return value
         raise ModelError(
             f"config.json: expected a positive integer under {' or '.join(self.layer_keys)}, "
@@ -284,13 +284,14 @@ def register_architecture(row: Architecture, *, replace: bool = False) -> None:
     _TABLE[row.model_type] = row
 
 
-def architecture_of(model_type: str | None) -> Architecture:
+def architecture_of(model_type: object) -> Architecture:
     """The row of `model_type`.
 
     Raises:
         ModelError: the model type is not supported; names it and says what to add.
     """
-    if model_type is not None and model_type in ARCHITECTURES:
+    # A stranger's config.json may hold anything there.
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     known = ", ".join(sorted(ARCHITECTURES))
     raise ModelError(
@@ -307,4 +308,4 @@ def skips_projections(setting: Callable[[str, Any], Any]) -> bool:
         setting: gives a key of the model's config, or the default that it is called with.
     """
     # BLOOM's way to the same sums as its training, in slices.
-    return bool(setting("slow_but_exact", False)) and setting("pretraining_tp", 1) > 1
+    return bool(setting("slow_but_exact", False)) and setting("pretraining_tp", 1) not in (0, 1)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from austeer.adapters.config import AdapterConfig
+from austeer.adapters.config import AdapterConfig, figures_of_test
 
 _TITLES = {
     "adapter": "Steering adapter",
@@ -57,10 +57,10 @@ def model_card(config: AdapterConfig, relation: str, library: str, usage: str) -
 made with austeer (AUSteer, arXiv 2602.04428).
 
 {usage}
-{_figures(config.fit.get("test"))}"""
+{_figures(figures_of_test(config.fit))}"""
 
 
-def _figures(test: Mapping[str, Any] | None) -> str:
+def _figures(test: Mapping[str, Any]) -> str:
     if not test:
         return ""
     rows = "\n".join(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from austeer.adapters._errors import AdapterError
 from austeer.adapters._files import read_json, write_json
+from austeer.adapters._json import is_writable
 from austeer.adapters.sites import Component
 
 FORMAT_VERSION = 1
@@ -86,19 +88,19 @@ class AdapterConfig:
             self.format_version,
         )
         _expect(self.peft_type == PEFT_TYPE, "peft_type", PEFT_TYPE, self.peft_type)
-        for name in ("base_model_name_or_path", "model_type"):
-            _expect(isinstance(getattr(self, name), str), name, "a string", getattr(self, name))
+        for name in ("base_model_name_or_path", "model_type", "revision"):
+            found = getattr(self, name)
+            absent = found is None and name == "revision"
+            kind = "a string or null" if name == "revision" else "a string"
+            _expect(absent or isinstance(found, str), name, kind, found)
+            # It goes into model cards, and on the terminal.
+            _expect(absent or found.isprintable(), name, "printable text", found)
         for name in ("fit", "versions"):
             found = getattr(self, name)
             _expect(isinstance(found, dict), name, "an object", found)
+            _expect(is_writable(found), name, "what JSON can hold (no NaN)", found)
         _expect(
-            self.revision is None or isinstance(self.revision, str),
-            "revision",
-            "a string or null",
-            self.revision,
-        )
-        _expect(
-            self.alpha is None or _is_finite(self.alpha),
+            self.alpha is None or is_finite(self.alpha),
             "alpha",
             "a finite number or null",
             self.alpha,
@@ -172,6 +174,24 @@ class AdapterConfig:
         write_json(folder / CONFIG_NAME, values)
 
 
+def figures_of_test(fit: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the test split in an adapter's `fit`: numbers and intervals by name.
+
+    Whatever else a stranger wrote there is left out.
+    """
+    found = fit.get("test")
+    return {
+        name: value
+        for name, value in (found.items() if isinstance(found, dict) else ())
+        if name.isidentifier() and (value is None or is_finite(value) or is_interval(value))
+    }
+
+
+def is_interval(value: object) -> TypeGuard[list[float]]:
+    """Whether JSON gave two finite numbers."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_finite, value))
+
+
 def library_versions() -> dict[str, str]:
     """Installed versions of what shapes an adapter's numbers."""
     found = {}
@@ -187,10 +207,14 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_finite(value: object) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    )
+def is_finite(value: object) -> bool:
+    """Whether JSON gave a finite number; a flag is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _expect(holds: bool, name: str, expected: str, found: object) -> None:

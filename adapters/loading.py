@@ -14,7 +14,7 @@ import torch
 from austeer.adapters._errors import ModelError
 from austeer.adapters._files import read_json
 from austeer.adapters.architectures import architecture_of
-from austeer.adapters.model_directory import model_directory
+from austeer.adapters.model_directory import check_num_layers, model_directory
 from austeer.adapters.steered_format import STEERED_TYPE, check_steered
 from austeer.adapters.tensors import Checkpoint
 
@@ -108,7 +108,6 @@ def load_steered(
     target = _target(device, device_map, dtype)
     folder = model_directory(name_or_path, revision)
     check_steered(folder)
-    Checkpoint(folder)
     with _transformers_calls(folder, "steered model"):
         model, info = SteeredForCausalLM.from_pretrained(
             folder,
@@ -160,10 +159,10 @@ def _check_folder(folder: Path) -> None:
             f"{folder}: is a steered model already; name its base, or load it with load_steered"
         )
     try:
-        architecture_of(config.get("model_type")).num_layers(config)
+        architecture = architecture_of(config.get("model_type"))
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    Checkpoint(folder)
+    check_num_layers(path, architecture, config, Checkpoint(folder))
 
 
 def _check_complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:

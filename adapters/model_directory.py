@@ -1,10 +1,16 @@
-"""Where a model's files are: a local directory, or a snapshot from the Hub. No torch."""
+"""Where a model's files are: a local directory, or a snapshot from the Hub. No torch.
+
+And whether its config can belong to its weights, as far as their headers tell.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sized
 from pathlib import Path
+from typing import Any
 
 from austeer.adapters._errors import ModelError
+from austeer.adapters.architectures import Architecture
 
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
@@ -25,6 +31,31 @@ def model_directory(name_or_path: str | Path, revision: str | None = None) -> Pa
             f"{'a file' if Path(name).is_file() else 'nothing there'}; check the path"
         )
     return _snapshot(name, revision)
+
+
+def check_num_layers(
+    path: Path, architecture: Architecture, config: Mapping[str, Any], tensors: Sized
+) -> None:
+    """Refuse more layers than tensors: a model would be built of them, with no end in sight.
+
+    Args:
+        path: of the config, for the message.
+        architecture: its row.
+        config: parsed `config.json`.
+        tensors: of the checkpoint.
+
+    Raises:
+        ModelError: too many layers, or no number of layers.
+    """
+    try:
+        layers = architecture.num_layers(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if layers > len(tensors):
+        raise ModelError(
+            f"{path}: {layers} layers, the weights have {len(tensors)} tensors; "
+            "do config and weights belong together?"
+        )
 
 
 def _snapshot(name: str, revision: str | None) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from austeer.adapters._errors import PairsError
+from austeer.adapters._json import is_writable
 from austeer.adapters._rows import kind_of, read_rows
 
 if TYPE_CHECKING:
@@ -213,6 +214,9 @@ def _messages(where: str, turns: Any) -> tuple[dict[str, Any], ...]:
             raise PairsError(f"{at}: expected an object, found {kind_of(turn)}")
         for key in ("role", "content"):
             _text(at, turn, key)
+        # Templates read other keys, too; of a dataset's row they can be anything.
+        if not is_writable(turn):
+            raise PairsError(f"{at}: expected JSON values and whole characters in all its keys")
     return tuple(turns)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -55,16 +56,12 @@ class Site:
         Raises:
             SiteError: not of the form `layers.{i}.{component}`.
         """
-        parts = key.split(".")
-        names = [component.value for component in Component]
-        if (
-            len(parts) != 3
-            or parts[0] != "layers"
-            or not parts[1].isdecimal()
-            or parts[2] not in names
-        ):
-            raise SiteError(f"{key!r}: expected layers.<number>.<{'|'.join(names)}>")
-        return cls(int(parts[1]), Component(parts[2]))
+        names = "|".join(component.value for component in Component)
+        # One spelling for each site, and no more digits than int() takes.
+        found = re.fullmatch(rf"layers\.(0|[1-9][0-9]{{0,8}})\.({names})", key)
+        if found is None:
+            raise SiteError(f"{key!r}: expected layers.<number>.<{names}>")
+        return cls(int(found[1]), Component(found[2]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

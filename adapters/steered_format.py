@@ -5,6 +5,7 @@ Stated once for who writes it and who reads it; opens no model and needs no torc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,9 @@ import numpy as np
 from austeer.adapters._errors import ModelError
 from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import ARCHITECTURES
+from austeer.adapters.model_directory import check_num_layers
+from austeer.adapters.tensors import Checkpoint
 
 STEERED_TYPE = "austeer_steered"
 STEERED_VERSION = 1
@@ -93,7 +97,7 @@ def check_steered(folder: Path) -> None:
     """Refuse what is no steered checkpoint, or one of a format that this release cannot read.
 
     Raises:
-        ModelError: says which.
+        ModelError: says which; or its config claims more than its weights can hold.
     """
     path = folder / "config.json"
     config = read_json(path, ModelError, f"is {folder} a whole model directory?")
@@ -109,6 +113,26 @@ def check_steered(folder: Path) -> None:
             f"{path}: steering format_version {version!r}, this release reads "
             f"{STEERED_VERSION}; update austeer or export the model again"
         )
+    _check_sizes(path, config, Checkpoint(folder))
+
+
+def _check_sizes(path: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse sizes that would fill memory before anything is compared with the weights."""
+    steering = config["steering"]
+    row = ARCHITECTURES.get(str(steering.get("base_model_type")))
+    if row is not None:
+        check_num_layers(path, row, config, checkpoint)
+    sites = steering.get("sites")
+    numbers = sum(math.prod(entry.shape) for entry in checkpoint.values())
+    for key, facts in sites.items() if isinstance(sites, dict) else ():
+        if not isinstance(facts, dict):
+            raise ModelError(f"{path}: steering of {key}: expected an object")
+        units, rank = facts.get("units"), facts.get("rank")
+        if type(units) is not int or type(rank) is not int or units * max(rank, 1) > numbers:
+            raise ModelError(
+                f"{path}: steering of {key}: {units!r} units of rank {rank!r}, the weights "
+                f"hold {numbers} numbers; export the model again"
+            )
 
 
 def _sites(adapter: SteeringAdapter) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,8 @@ from austeer.adapters.sites import Site
 from austeer.adapters.tensors import read_header
 
 _PREDICTOR_PARTS = ("V", "b", "U")
+# Ten times what steering every unit of a 70 B model takes; a sparse file can claim anything.
+_MAX_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +147,14 @@ def read_sites(path: Path) -> list[SteeredSite]:
     if not path.is_file():
         raise AdapterError(f"{path}: missing; is {path.parent} a complete adapter directory?")
     try:
-        tensors = {name: entry.read() for name, entry in read_header(path).items()}
+        entries = read_header(path)
+        size = sum(entry.size for entry in entries.values())
+        if size > _MAX_BYTES:
+            raise AdapterError(
+                f"{path}: holds {size} bytes of numbers, more than any adapter "
+                f"({_MAX_BYTES}); is it an adapter?"
+            )
+        tensors = {name: entry.read() for name, entry in entries.items()}
     except ModelError as error:
         raise AdapterError(str(error)) from error
     grouped: dict[str, dict[str, np.ndarray[Any, np.dtype[Any]]]] = {}

@@ -6,18 +6,20 @@ Format: 8 bytes little-endian header length N, N bytes of JSON, then the tensors
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters._files import publish_file
+from austeer.adapters._files import publish_file, read_json
+from austeer.adapters._json import MAX_BYTES, parse_json
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -27,7 +29,11 @@ INDEX = "model.safetensors.index.json"
 Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
 _BLOCK = 1 << 22  # bytes
-_MAX_HEADER = 100_000_000  # the format's own limit
+_SUFFIX = ".safetensors"
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
+_MAX_NAME = 1000
+_MAX_NUMBER = 2**63 - 1
+_MAX_AXES = 32  # numpy 1 has no more
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -77,7 +83,7 @@ class TensorEntry:
         """
         dtype = self.numpy_dtype
         with self.file.open("rb", buffering=0) as stream:
-            return _read(stream, self, 0, self.size).view(dtype).reshape(self.shape)
+            return _read_bytes(stream, self, 0, self.size).view(dtype).reshape(self.shape)
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
@@ -120,22 +126,16 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises:
         ModelError: truncated or malformed; the message names the file and what is wrong.
     """
-    total = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if total < 8 or length > min(total - 8, _MAX_HEADER):
-            raise _corrupt(file, f"its header claims {length} bytes, the file has {total}")
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise _corrupt(file, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _corrupt(file, "its header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
-    _check_layout(file, list(entries.values()), 8 + length, total)
-    return entries
+    return _read(file)[1]
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a writer left in the header of one safetensors file.
+
+    Raises:
+        ModelError: truncated or malformed.
+    """
+    return _read(file)[0]
 
 
 def read_rows(
@@ -157,11 +157,11 @@ def read_rows(
     step = max(1, count if whole else _BLOCK // max(1, width))
     for first in range(0, count, step):
         length = min(step, count - first)
-        data = _read(stream, entry, first * width, length * width)
+        data = _read_bytes(stream, entry, first * width, length * width)
         yield first, data.view(dtype).reshape(length, *rest)
 
 
-def _read(
+def _read_bytes(
     stream: FileIO, entry: TensorEntry, offset: int, size: int
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     data = np.empty(size, np.uint8)
@@ -182,14 +182,8 @@ def read_tensors(file: Path) -> tuple[dict[str, str], Tensors]:
         ModelError: truncated or malformed.
         OSError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    tensors = {name: entry.read() for name, entry in read_header(file).items()}
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            return opened.metadata() or {}, tensors
-    except SafetensorError as error:
-        raise ModelError(str(error)) from error
+    metadata, entries = _read(file)
+    return metadata, {name: entry.read() for name, entry in entries.items()}
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
@@ -205,18 +199,59 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Non
         work.write_bytes(save(tensors, metadata=metadata))
 
 
-def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+def _read(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+    """Metadata and entries: the whole header, each part of it checked."""
+    if file.exists() and not file.is_file():
+        raise _corrupt(file, "it is no file")
+    total = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if total < 8 or length > min(total - 8, MAX_BYTES):
+            raise _corrupt(
+                file,
+                f"its header claims {length} bytes, the file has {total}, and of a header at "
+                f"most {MAX_BYTES} are read",
+            )
+        raw = stream.read(length)
     try:
-        begin, end = (int(offset) for offset in value["data_offsets"])
-        shape = tuple(int(length) for length in value["shape"])
-        dtype = str(value["dtype"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise _corrupt(file, f"the entry of {name} is malformed") from error
-    if begin < 0 or end < begin or any(length < 0 for length in shape):
+        header = parse_json(raw.decode("utf-8"), unique=True)
+    except ValueError as error:
+        raise _corrupt(file, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _corrupt(file, "its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise _corrupt(file, "its metadata is not an object of texts")
+    entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
+    _check_layout(file, list(entries.values()), 8 + length, total)
+    return metadata, entries
+
+
+def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise _corrupt(file, f"{name[:_MAX_NAME]!r} is no name of a tensor")
+    facts: dict[str, Any] = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = (facts.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if (
+        not (isinstance(dtype, str) and _DTYPE.fullmatch(dtype))
+        or not (_are_counts(shape) and len(shape) <= _MAX_AXES)
+        or not (_are_counts(offsets) and len(offsets) == 2)
+    ):
+        raise _corrupt(file, f"the entry of {name} is malformed")
+    begin, end = offsets
+    # numpy refuses a huge axis even beside one of length 0.
+    if end < begin or math.prod(max(length, 1) for length in shape) > _MAX_NUMBER // 8:
         raise _corrupt(file, f"the entry of {name} has impossible offsets or shape")
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise _corrupt(file, f"{name}: {end - begin} bytes do not fit shape {shape} of {dtype}")
-    return TensorEntry(name, file, dtype, shape, data_start + begin, end - begin)
+    return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether JSON gave a list of whole numbers from 0; a flag is none, a float neither."""
+    return isinstance(value, list) and all(
+        type(number) is int and 0 <= number <= _MAX_NUMBER for number in value
+    )
 
 
 def _check_layout(file: Path, entries: list[TensorEntry], start: int, total: int) -> None:
@@ -252,20 +287,33 @@ def _weight_files(root: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    weight_map = read_json(index, ModelError, "fetch the model again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(
-            f"{index}: expected JSON with a weight_map, could not read one ({error}); "
+            f"{index}: expected JSON with a weight_map, could not read one; "
             "fetch the model again"
-        ) from error
+        )
+    for name in weight_map.values():
+        if not _is_shard_name(name):
+            raise ModelError(
+                f"{index}: shard {name!r} is not a plain file name that ends in {_SUFFIX}; "
+                "refused"
+            )
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index}: shard {name!r} is not a plain file name; refused")
         if not (index.parent / name).is_file():
             raise ModelError(f"{index}: shard {name} is missing; download the whole model")
     return [index.parent / name for name in names]
+
+
+def _is_shard_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name.endswith(_SUFFIX)
+        and Path(name).name == name
+        and len(os.fsencode(name)) < 256
+    )
 
 
 def _corrupt(file: Path, what: str) -> ModelError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -32,6 +33,9 @@ def translated() -> Iterator[None]:
     Raises:
         click.exceptions.Exit: instead of the error, with its exit code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path need not be UTF-8; escaped like this it is right in JSON, too.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):

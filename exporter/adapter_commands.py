@@ -91,12 +91,13 @@ def combine(as_json: bool, **options: Any) -> None:
 
 
 def _print_adapter(name: str, values: dict[str, Any]) -> None:
+    from austeer.adapters.config import figures_of_test
     from austeer.exporter import describe
     from austeer.exporter.markdown import FIGURE_HEADER, SITE_HEADER, figure_rows, steered_rows
 
     print_table(name, ("", ""), describe.fact_rows(values))
     print_table("Sites", SITE_HEADER, steered_rows(values["sites"]))
-    print_table("Test split", FIGURE_HEADER, figure_rows(values["fit"].get("test") or {}))
+    print_table("Test split", FIGURE_HEADER, figure_rows(figures_of_test(values["fit"])))
     found = values.get("analysis")
     if found is None:
         return

@@ -6,7 +6,6 @@ filesystem can; memory is that of some rows of one tensor for each core.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, TensorEntry, read_rows
+from austeer.adapters._files import refuse_foreign_link
+from austeer.adapters.tensors import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    TensorEntry,
+    read_metadata,
+    read_rows,
+)
 from austeer.exporter._threads import run_in_threads
 
 if TYPE_CHECKING:
@@ -73,7 +80,7 @@ def copy_checkpoint(
     """Copy weights, config, tokenizer, templates, custom code and licence into `folder`.
 
     Other weight formats, pickles, the model card, dot files and subfolders stay behind;
-    symlinks are followed.
+    symlinks are followed, those of companions within the model's directory and a Hub cache.
 
     Args:
         checkpoint: the base.
@@ -83,7 +90,7 @@ def copy_checkpoint(
         link: hard link weight files without changes, where the filesystem can.
 
     Raises:
-        ModelError: a file of the base cannot be read.
+        ModelError: a file of the base cannot be read, or is a link out of it.
         OSError: the copy cannot be written.
     """
     edits: dict[Path, list[tuple[TensorEntry, Change]]] = {}
@@ -98,9 +105,10 @@ def copy_checkpoint(
             tasks.append(partial(copy_file, source, target, changes=edits.get(source, ())))
     if check is not None:
         tasks.insert(0, lambda _: check() or 0)
-    weights = [source.name for source in checkpoint.files]
+    # First what is quick, and refused where a link leads out of the base.
+    names = copy_companions(checkpoint, folder)
     total = sum(run_in_threads(tasks))
-    return Copied(tuple(sorted([*weights, *copy_companions(checkpoint, folder)])), total)
+    return Copied(tuple(sorted([*names, *(f.name for f in checkpoint.files)])), total)
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, *, index: bool = True) -> list[str]:
@@ -111,7 +119,7 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, *, index: bool = True)
         OSError: the copy cannot be written.
     """
     names = []
-    for source in _companions(checkpoint):
+    for source in list(_companions(checkpoint)):
         if source.name == INDEX and not index:
             continue
         name = source.relative_to(checkpoint.root)
@@ -239,22 +247,14 @@ def shared_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     return {name: tuple(sorted(names - {name})) for names in groups.values() for name in names}
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    found = header.get("__metadata__")
-    return found if isinstance(found, dict) else {}
-
-
 def _companions(checkpoint: Checkpoint) -> Iterator[Path]:
     root = checkpoint.root
     sharded = checkpoint.files != [root / SINGLE]
     for path in sorted(root.iterdir()):
         if _wanted(path, sharded):
-            yield _existing(path)
+            yield _existing(path, root)
     if (root / _TEMPLATES).is_dir():
-        yield from (_existing(path) for path in sorted((root / _TEMPLATES).glob("*.jinja")))
+        yield from (_existing(x, root) for x in sorted((root / _TEMPLATES).glob("*.jinja")))
 
 
 def _wanted(path: Path, sharded: bool) -> bool:
@@ -267,7 +267,8 @@ def _wanted(path: Path, sharded: bool) -> bool:
     return legal or path.suffix.lower() in _SUFFIXES
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: Path, root: Path) -> Path:
     if not path.is_file():
         raise ModelError(f"{path}: expected a file or a link to one; download the whole model")
+    refuse_foreign_link(path, root, ModelError)
     return path

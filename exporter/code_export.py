@@ -14,6 +14,7 @@ from typing import Any
 
 from austeer.adapters._errors import ModelError, RouteError
 from austeer.adapters._files import publish_directory, read_json, write_json
+from austeer.adapters._json import is_writable
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import skips_projections
 from austeer.adapters.card import model_card
@@ -109,6 +110,11 @@ def _refuse(
             f"{base}: brings code of its own (auto_map), which a second modelling file cannot "
             "extend; export it to ONNX or attach it to the live model"
         )
+    if not is_writable(config):
+        raise ModelError(
+            f"{base}/config.json: holds NaN, infinity or half of a surrogate pair, which JSON "
+            "has no way to write; fetch the model again"
+        )
     if skips_projections(config.get):
         raise RouteError(
             f"{base}: slow_but_exact with pretraining_tp calls no projection, so that no hook "
@@ -132,7 +138,8 @@ def _write_index(checkpoint: Checkpoint, steering: Tensors, folder: Path) -> Non
         shards = dict.fromkeys(checkpoint, _ONLY_SHARD)
     else:
         shards = {name: entry.file.name for name, entry in checkpoint.items()}
-        metadata = read_json(folder / INDEX, ModelError, "").get("metadata") or {}
+        found = read_json(folder / INDEX, ModelError, "").get("metadata")
+        metadata = found if isinstance(found, dict) and is_writable(found) else {}
     sizes = [entry.size for entry in checkpoint.values()]
     metadata["total_size"] = sum(sizes) + sum(tensor.nbytes for tensor in steering.values())
     shards |= dict.fromkeys(steering, STEERING_NAME)

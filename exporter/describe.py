@@ -9,6 +9,7 @@ import numpy as np
 
 from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.config import is_finite, is_interval
 from austeer.adapters.steered_site import SteeredSite
 from austeer.exporter.markdown import Row, number
 
@@ -22,8 +23,9 @@ _MOST_COLUMNS = 16
 
 def site_rows(adapter: SteeringAdapter) -> list[dict[str, Any]]:
     """One row a steered site: units, ranges of γ and |β|, flipped signs, strongest units."""
-    beta = adapter.config.fit.get("beta", {})
-    return [_site_row(steered) | _beta(beta, steered) for steered in adapter.sites]
+    beta = adapter.config.fit.get("beta")
+    ranges = beta if isinstance(beta, dict) else {}
+    return [_site_row(steered) | _beta(ranges, steered) for steered in adapter.sites]
 
 
 def beta_ranges(adapter: SteeringAdapter, ranking: Ranking) -> dict[str, list[float]]:
@@ -163,7 +165,9 @@ def fact_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
 def _beta(ranges: Mapping[str, Any], steered: SteeredSite) -> dict[str, Any]:
     """Adapters made by hand have none."""
     low_high = ranges.get(steered.site.key)
-    return {"beta_min": low_high[0], "beta_max": low_high[1]} if low_high else {}
+    if not is_interval(low_high):
+        return {}
+    return {"beta_min": low_high[0], "beta_max": low_high[1]}
 
 
 def _site_row(steered: SteeredSite) -> dict[str, Any]:
@@ -188,5 +192,6 @@ def _combined(fit: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         for part in (parts if isinstance(parts, list) else [])
         if isinstance(part, Mapping)
         and isinstance(part.get("name"), str)
-        and isinstance(part.get("weight"), (int, float))
+        and part["name"].isprintable()
+        and is_finite(part.get("weight"))
     ]

@@ -6,7 +6,6 @@ within one rounding, so that W'·x == g_out ⊙ W·(g_in ⊙ x); all else must b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from austeer.adapters._errors import ModelError, VerificationError
+from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite
@@ -33,6 +33,7 @@ from austeer.exporter.rewrite import STORED_DTYPES, name_dtype
 Array = np.ndarray[Any, Any]
 Gain = Float[np.ndarray, " width"]
 _CHUNK = 1 << 24
+_WHOLE = "is the directory complete?"
 _SLACK = 1e-15  # rounding of float64 products, relative
 
 
@@ -257,7 +258,9 @@ def _dtype_in(entry: TensorEntry, converted: str | None) -> str:
 
 
 def _check_same_config(base: Path, folder: Path, *, converted: str | None) -> None:
-    expected, found = (_json(root / "config.json") for root in (base, folder))
+    expected, found = (
+        read_json(root / "config.json", ModelError, _WHOLE) for root in (base, folder)
+    )
     if converted is not None:
         names = {stored: name for name, stored in STORED_DTYPES.items()}
         expected = name_dtype(expected, names.get(converted))
@@ -275,10 +278,3 @@ def same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
             if first.read(length) != second.read(length):
                 return False
     return True
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot read it as JSON ({error})") from error

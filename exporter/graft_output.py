@@ -8,8 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from austeer.adapters._errors import AusteerError, OutputError
-from austeer.adapters._files import check_output_free, publish_directory, publish_file
+from austeer.adapters._errors import AusteerError, GraphError, OutputError
+from austeer.adapters._files import (
+    check_output_free,
+    publish_directory,
+    publish_file,
+    refuse_foreign_link,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,6 +74,7 @@ def graft_as_directory(
 
     Raises:
         OutputError: `out` is taken, or weight files would have to be copied.
+        GraphError: what would be copied is a link out of the base's directory.
     """
     import onnx_ir as ir
 
@@ -81,14 +87,20 @@ def graft_as_directory(
             f"such as {base.with_name('steered.onnx')}, where they are shared, or take "
             "--copy-data"
         )
+    companions = [
+        path
+        for path in sorted(base.parent.iterdir())
+        if any(path.match(name) for name in _COMPANIONS) and path.is_file()
+    ]
+    for path in (*companions, *(base.parent / location for location in locations)):
+        refuse_foreign_link(path, base.parent, GraphError)
     with publish_directory(out) as work, _speaking_of(out, work):
         for location in locations:
             (work / location).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.parent / location, work / location)
         ir.external_data.set_base_dir(model.graph, work)
-        for path in sorted(base.parent.iterdir()):
-            if any(path.match(name) for name in _COMPANIONS) and path.is_file():
-                shutil.copyfile(path, work / path.name)
+        for path in companions:
+            shutil.copyfile(path, work / path.name)
         yield work / base.name
 
 

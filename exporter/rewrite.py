@@ -24,10 +24,11 @@ from austeer.adapters.tensors import (
     SINGLE,
     Checkpoint,
     TensorEntry,
+    read_metadata,
     read_rows,
 )
 from austeer.exporter._threads import run_in_threads
-from austeer.exporter.checkpoint import Copied, copy_companions, read_metadata
+from austeer.exporter.checkpoint import Copied, copy_companions
 from austeer.exporter.fold import fold_rows, round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES, TensorEdit
 from austeer.exporter.settings import StoredAs
@@ -87,8 +88,8 @@ def rewrite_checkpoint(
     ]
     if check is not None:
         tasks.insert(0, lambda _: check() or 0)
-    changed = sum(run_in_threads(tasks))
     copied = copy_companions(checkpoint, folder, index=False)
+    changed = sum(run_in_threads(tasks))
     if len(names) > 1:
         _write_index(checkpoint, folder, names, shards)
         names.append(INDEX)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 
 from austeer.adapters._errors import RouteError
+from austeer.adapters._files import read_json
 from austeer.adapters.config import CONFIG_NAME, Strength
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_format import is_steered
@@ -166,7 +166,7 @@ def check_installed(route: Route) -> None:
 def _peft_route(config: Path) -> Route | None:
     """The route that a PEFT config names, None where it is absent, ours or unreadable."""
     try:
-        peft_type = json.loads(config.read_text(encoding="utf-8"))["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        peft_type = read_json(config, RouteError, "").get("peft_type")
+    except RouteError:
         return None
     return {"LORA": Route.LORA, "IA3": Route.IA3}.get(str(peft_type))

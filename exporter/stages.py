@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from austeer.adapters._errors import FitError, OutputError
 from austeer.adapters._files import check_output_free
+from austeer.adapters._json import parse_json
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.localization.distributed import launched
 from austeer.adapters.localization.run import Ranking, localize
@@ -175,7 +175,7 @@ def _text(where: str, line: str, is_json: bool) -> str:
     if not is_json:
         return line
     try:
-        text = json.loads(line)["text"]
+        text = parse_json(line)["text"]
     except (ValueError, KeyError, TypeError) as error:
         raise FitError(
             f"{where}: expected a JSON object with text, could not read one"

@@ -85,7 +85,7 @@ def _check_model_type(folder: Path, adapter: SteeringAdapter) -> None:
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
         # The builder has types of its own beside those of transformers.
-        known = found in ARCHITECTURES or name == "config.json"
+        known = name == "config.json" or str(found) in ARCHITECTURES
         if found is not None and known and found != adapter.config.model_type:
             raise AdapterError(
                 f"{path}: adapter for a {adapter.config.model_type} model, this one is "

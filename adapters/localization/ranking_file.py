@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from austeer.adapters._errors import FitError, ModelError
+from austeer.adapters._json import parse_json
 from austeer.adapters.config import library_versions
 from austeer.adapters.sites import Component
 from austeer.adapters.tensors import Tensors, read_tensors, write_tensors
@@ -20,6 +21,7 @@ FORMAT = "austeer-ranking"
 FORMAT_VERSION = 1
 _INTEGERS = ("positive", "negative", "near_ties")
 _SUMS = ("delta", "total", "squares")
+_LARGEST = 1e100  # float32 squared and summed comes to far less, and its own square is finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +133,7 @@ def _read(path: Path) -> tuple[RankingInfo, Tensors]:
 
 def _info(path: Path, text: str) -> RankingInfo:
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         for name in ("model_type", "dtype", "base_fingerprint", "pairs_digest"):
             if not isinstance(values[name], str):
                 raise FitError(f"{path}: {name}: expected text, found {values[name]!r}")
@@ -142,6 +144,8 @@ def _info(path: Path, text: str) -> RankingInfo:
         if values["compat"] not in (None, "reference"):
             found = values["compat"]
             raise FitError(f"{path}: compat: expected null or 'reference', found {found!r}")
+        if not isinstance(values["versions"], dict):
+            raise FitError(f"{path}: versions: expected an object")
         return RankingInfo(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise FitError(f"{path}: malformed description ({error})") from error
@@ -159,16 +163,23 @@ def _checked(
             part is None
             or part.dtype != wanted
             or part.ndim != 2
-            or not np.isfinite(part).all()
+            or not part.size
+            or not (np.abs(part) <= _LARGEST).all()
         ):
-            raise FitError(f"{where}.{name}: expected finite {wanted} [layers, width]")
+            raise FitError(
+                f"{where}.{name}: expected {wanted} [layers, width], finite and below "
+                f"{_LARGEST:g}"
+            )
         found[name] = part
     shapes = {part.shape for part in found.values()}
     if len(shapes) > 1 or found["positive"].shape[0] != info.num_layers:
         raise FitError(f"{where}: expected equal shapes with {info.num_layers} layers")
-    signs = found["positive"] + found["negative"]
-    lowest = min(int(found[name].min(initial=0)) for name in _INTEGERS)
-    highest = max(int(signs.max(initial=0)), int(found["near_ties"].max(initial=0)))
-    if lowest < 0 or highest > info.count:
+    counters = [found[name] for name in _INTEGERS]
+    # Each for itself first: the sum of two huge ones would wrap around.
+    if any(part.min() < 0 or part.max() > info.count for part in counters) or (
+        (counters[0] + counters[1]).max() > info.count
+    ):
         raise FitError(f"{where}: counters outside 0 to {info.count}, the number of pairs")
+    if found["squares"].min() < 0:
+        raise FitError(f"{where}.squares: a sum of squares is negative")
     return Counts(**found)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from austeer.adapters._errors import FitError, ModelError, OutputError
+from austeer.adapters._json import parse_json
 from austeer.adapters.localization.momentum import MomentumCounter
 from austeer.adapters.sites import Component
 from austeer.adapters.tensors import Tensors, read_tensors, write_tensors
@@ -72,24 +73,40 @@ class StatePart:
         if metadata.get("format_version") != FORMAT_VERSION:
             raise _damaged(path, f"format version {metadata.get('format_version')!r}")
         try:
-            facts = json.loads(metadata["facts"])
+            facts = parse_json(metadata["facts"])
             budget = int(metadata["token_budget"])
             size = int(metadata["pairs"])
         except (KeyError, ValueError) as error:
             raise _damaged(path, f"malformed description, {error}") from error
+        if not isinstance(facts, dict) or budget < 1:
+            raise _damaged(path, "malformed description")
         _check_facts(path, facts, wanted.facts)
         if metadata.get("checksum") != _checksum(tensors):
             raise _damaged(path, "its checksum does not match")
-        pairs = np.unpackbits(tensors["pairs"], count=size).astype(bool)
+        bits = tensors.get("pairs")
+        if bits is None or bits.dtype != np.uint8 or bits.shape != (-(-size // 8),):
+            raise _damaged(path, "its pairs are no bitmap of that size")
+        if size != wanted.pairs:
+            raise _damaged(path, f"of {size} pairs, expected {wanted.pairs}")
+        pairs = np.unpackbits(bits, count=size).astype(bool)
         return cls(path, pairs, Purpose(facts, size, budget))
 
     def add_to(self, counters: Mapping[Component, MomentumCounter]) -> None:
-        """Add its sums to counters."""
+        """Add its sums to counters.
+
+        Raises:
+            FitError: it has none for one of them, or of other shapes.
+        """
         # Read again, so that memory holds the counters of one file at a time.
         _, tensors = _load(self.path)
         for component, counter in counters.items():
-            signs, limbs = (tensors[f"{component.value}.{name}"] for name in ("signs", "limbs"))
-            counter.add_state(signs, limbs, int(self.pairs.sum()))
+            parts = []
+            for name, own in zip(("signs", "limbs"), counter.state(), strict=True):
+                part = tensors.get(f"{component.value}.{name}")
+                if part is None or (part.shape, part.dtype) != (own.shape, own.dtype):
+                    raise _damaged(self.path, f"no {name} of {component} for this model")
+                parts.append(part)
+            counter.add_state(parts[0], parts[1], int(self.pairs.sum()))
 
 
 def write_state(path: Path, tensors: Tensors, purpose: Purpose) -> None:

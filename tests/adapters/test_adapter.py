@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import attacked, changed_bytes, changed_json, memory_limit, safetensors
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from austeer.adapters import (
@@ -240,6 +243,12 @@ GOOD = {
         ({"layers.0.ffn.extra": np.ones(1, np.float32)}, "expected tensors index and gamma"),
         ({"layers.0.head.index": np.array([1], np.int64)}, r"layers\.<number>"),
         ({"weight": np.ones(1, np.float32)}, r"layers\.<number>"),
+        ({"layers.0.ffn.index": np.zeros(0, np.int64)}, "as many gammas as units"),
+        ({"layers.0.ffn.index": np.array(3)}, "as many gammas as units"),
+        ({"layers.0.ffn.gamma": np.array([1, -np.inf], np.float32)}, "NaN or infinity"),
+        ({"layers.00.ffn.index": np.array([1], np.int64)}, r"layers\.<number>"),
+        ({"layers." + "9" * 900 + ".ffn.index": np.array([1])}, r"layers\.<number>"),
+        ({"..": np.ones(1, np.float32)}, r"layers\.<number>"),
     ],
 )
 def test_tampered_tensors(saved: Path, changes: dict[str, Any], message: str) -> None:
@@ -247,6 +256,88 @@ def test_tampered_tensors(saved: Path, changes: dict[str, Any], message: str) ->
     with pytest.raises(AdapterError, match=message) as error:
         SteeringAdapter.from_pretrained(saved)
     assert str(saved / WEIGHTS) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_beyond_any_adapter_are_not_read(saved: Path) -> None:
+    size = 1 << 36
+    header = {
+        "layers.0.ffn.index": {"dtype": "I64", "shape": [size // 8], "data_offsets": [0, size]}
+    }
+    (saved / WEIGHTS).write_bytes(safetensors(header))
+    with (saved / WEIGHTS).open("r+b") as stream:
+        stream.truncate(stream.seek(0, 2) + size)  # sparse
+    with memory_limit(1 << 30), pytest.raises(AdapterError, match="more than any adapter"):
+        SteeringAdapter.from_pretrained(saved)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("sites", [1, 32, 4000])
+def test_a_million_units(saved: Path, sites: int) -> None:
+    rng = np.random.default_rng(0)
+    k = 1_000_000 // sites
+    tensors = {}
+    for layer in range(sites):
+        # Not in order: that is no reason to refuse them.
+        tensors[f"layers.{layer}.ffn.index"] = rng.permutation(k)
+        tensors[f"layers.{layer}.ffn.gamma"] = rng.normal(size=k).astype(np.float32)
+    save_file(tensors, saved / WEIGHTS)
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"k": k * sites}))
+    with memory_limit(1 << 28):
+        adapter = SteeringAdapter.from_pretrained(saved)
+    assert adapter.config.k == sum(len(s.index) for s in adapter.sites) == 1_000_000
+    assert adapter.sites[0].index.tolist() == tensors["layers.0.ffn.index"].tolist()
+
+
+def test_units_in_any_order_steer_alike(tiny_model: Callable[..., Any], saved: Path) -> None:
+    model = tiny_model("llama")
+    before = SteeringAdapter.from_pretrained(saved)
+    tensors = load_file(saved / WEIGHTS)
+    for part in ("index", "gamma"):
+        tensors[f"layers.0.ffn.{part}"] = tensors[f"layers.0.ffn.{part}"][::-1].copy()
+    save_file(tensors, saved / WEIGHTS)
+    after = SteeringAdapter.from_pretrained(saved)
+    assert after.sites[0].index.tolist() == before.sites[0].index.tolist()[::-1] == [9, 2]
+    assert torch.equal(steered_logits(model, after), steered_logits(model, before))
+
+
+STORED = {
+    name: {"dtype": dtype, "shape": [size], "data_offsets": [begin, begin + size * width]}
+    for name, dtype, size, begin, width in (
+        ("layers.0.ffn.index", "I64", 2, 0, 8),
+        ("layers.0.ffn.gamma", "F32", 2, 16, 4),
+        ("layers.1.ffn.index", "I64", 1, 24, 8),
+        ("layers.1.ffn.gamma", "F32", 1, 32, 4),
+    )
+}
+NUMBERS = b"".join(array.tobytes() for array in GOOD.values())
+
+
+@attacked
+@given(
+    raw=changed_json(STORED).map(lambda header: safetensors(header, NUMBERS))
+    | changed_bytes(safetensors(STORED, NUMBERS))
+    | st.binary(min_size=36, max_size=36).map(lambda data: safetensors(STORED, data))
+)
+def test_changed_weights(saved: Path, raw: bytes) -> None:
+    (saved / WEIGHTS).write_bytes(raw)
+    try:
+        adapter = SteeringAdapter.from_pretrained(saved)
+    except AdapterError as error:
+        assert str(error).isprintable()
+        return
+    for steered in adapter.sites:
+        assert np.isfinite(steered.gamma).all() and (steered.index >= 0).all()
+        assert len(set(steered.index.tolist())) == len(steered.index) == len(steered.gamma)
+    assert adapter.config.k == 3
+
+
+def test_the_header_under_attack_is_that_of_a_good_adapter(saved: Path) -> None:
+    (saved / WEIGHTS).write_bytes(safetensors(STORED, NUMBERS))
+    found = SteeringAdapter.from_pretrained(saved).tensors()
+    assert {name: array.tolist() for name, array in found.items()} == {
+        name: array.tolist() for name, array in GOOD.items()
+    }
 
 
 def test_missing_gamma(saved: Path) -> None:
@@ -265,6 +356,13 @@ def test_truncated_or_missing_weights(saved: Path) -> None:
     (saved / WEIGHTS).unlink()
     with pytest.raises(AdapterError, match="complete adapter directory"):
         SteeringAdapter.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["owner/na me", "owner/--x", "owner/a\nb", "owner/\0"])
+def test_names_that_the_hub_cannot_have(name: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        SteeringAdapter.from_pretrained(name)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "no-slash", "a/b/c"])

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import BOMB, attacked, changed_json
+from hypothesis import given
 
 from austeer.adapters import AdapterConfig, AdapterError, Component, Strength
+from austeer.adapters.card import adapter_card
+from austeer.adapters.config import figures_of_test
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
@@ -94,6 +98,22 @@ def test_saved_config_comes_back(tmp_path: Path) -> None:
         ({"rank": -1}, "rank: expected an integer"),
         ({"rank": 1}, "exactly for strength adaptive"),
         ({"strength": "adaptive"}, "exactly for strength adaptive"),
+        ({"alpha": 10**400}, "alpha: expected a finite number or null"),
+        ({"alpha": float("nan")}, "alpha: expected a finite number or null, found nan"),
+        ({"base_model_name_or_path": "a\nb"}, "base_model_name_or_path: expected printable"),
+        ({"base_model_name_or_path": "\ud800"}, "base_model_name_or_path: expected printable"),
+        ({"model_type": "\x1b[2J"}, "model_type: expected printable text"),
+        ({"revision": "\0"}, "revision: expected printable text"),
+        ({"fit": {"kl": float("nan")}}, "fit: expected what JSON can hold"),
+        ({"fit": {"kl": [float("inf")]}}, "fit: expected what JSON can hold"),
+        ({"fit": {"\ud800": 1}}, "fit: expected what JSON can hold"),
+        ({"versions": {"a": "\udfff"}}, "versions: expected what JSON can hold"),
+        ({"k": 10**4000, "rank": -1}, "rank: expected an integer"),
+        ({"rank": [[["x"] * 9] * 9] * 9}, "rank: expected an integer"),
+        ({"strength": {"a": ["b"]}}, "is not a valid Strength"),
+        ({"components": [{"a": 1}]}, "is not a valid Component"),
+        ({"\n\x1b": 1}, "unknown key"),
+        ({"x" * 10**6: 1}, "unknown key 'xxx"),
     ],
 )
 def test_bad_values_are_named_with_the_file(
@@ -103,11 +123,45 @@ def test_bad_values_are_named_with_the_file(
     path.write_text(json.dumps(stored(**changes)))
     with pytest.raises(AdapterError, match=message) as error:
         AdapterConfig.load(tmp_path)
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    shown = str(error.value)
+    assert shown.startswith(f"{path}: ") and shown.isprintable() and len(shown) < 2100
+
+
+@attacked
+@given(values=changed_json(stored(fit={"test": {"kl": 0.1, "kl_ci95": [0.0, 0.2]}, "x": [{}]})))
+def test_changed_configs(tmp_path: Path, values: Any) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    try:
+        loaded = AdapterConfig.load(tmp_path)
+    except AdapterError as error:
+        assert str(error).isprintable()
+        return
+    # What was accepted can be shown, and written again.
+    adapter_card(loaded).encode()
+    loaded.save(tmp_path)
+    assert AdapterConfig.load(tmp_path) == loaded
+
+
+def test_figures_leave_out_what_a_stranger_wrote() -> None:
+    good = {"kl": 0.5, "accuracy": 1, "kl_ci95": [0.25, 0.75], "neutral_perplexity": None}
+    bad = {"a|b": 1.0, "a\nb": 1.0, "x": "text", "y": [1], "z": 10**400, "w": {}, "v": True}
+    assert figures_of_test({"test": good | bad}) == good
+    for fit in ({}, {"test": None}, {"test": [1]}, {"test": "kl"}):
+        assert figures_of_test(fit) == {}
+    assert "| kl | 0.5 |" in adapter_card(config(fit={"test": good | bad}))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object, found list")]
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object, found list"),
+        (BOMB, "not valid JSON"),
+        ('{"fit": ' + BOMB, "nested too deeply"),
+        ('{"fit": ' + "[" * 200 + "]" * 200 + "}", "nested more than"),
+        ('{"k": ' + "9" * 100_000 + "}", "not valid JSON"),
+    ],
+    ids=range(6),
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "adapter_config.json").write_text(text)

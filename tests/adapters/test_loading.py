@@ -191,8 +191,17 @@ def test_unsupported_architecture_is_named(saved_model: SaveModel) -> None:
         {"hidden_size": "wide"},
         {"num_hidden_layers": -1},
         {"hidden_act": "no_such_activation"},
+        {"num_hidden_layers": True},
+        {"num_hidden_layers": 10**8},
+        {"num_hidden_layers": 10**40},
+        {"hidden_size": 10**12},
+        {"vocab_size": 10**15},
+        {"model_type": ["llama"]},
+        {"model_type": {"llama": 1}},
+        {"rope_scaling": [[[[1]]]]},
     ],
 )
+@pytest.mark.timeout(60)
 def test_config_with_impossible_values(saved_model: SaveModel, change: dict[str, Any]) -> None:
     folder = saved_model()
     edit_config(folder, **change)

@@ -373,6 +373,11 @@ def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return damage
 
 
+def _site(**facts: Any) -> Callable[[Path], None]:
+    return _config(lambda c: c["steering"]["sites"]["layers.0.layer"].update(facts))
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -381,6 +386,17 @@ def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (_config(lambda c: c["steering"].update(format_version=True)), "format_version True"),
         (_config(lambda c: c.pop("steering")), "format_version None"),
         (_config(lambda c: c["steering"].update(base_model_type="x")), "base_model_type 'x'"),
+        (
+            _config(lambda c: c["steering"].update(base_model_type=[1])),
+            r"base_model_type '\[1\]'",
+        ),
+        (_config(lambda c: c["steering"].update(sites=[1])), "cannot load the steered model"),
+        (_config(lambda c: c["steering"].update(sites={"a": 1})), "expected an object"),
+        (_site(units=10**9), "1000000000 units of rank 1, the weights hold"),
+        (_site(rank=10**9), "units of rank 1000000000, the weights hold"),
+        (_site(units="many"), "'many' units"),
+        (_site(module=5), "cannot load the steered model"),
+        (_config(lambda c: c.update(num_hidden_layers=10**8)), "100000000 layers, the weights"),
         (_config(lambda c: c["steering"]["sites"]["layers.0.layer"].update(units=5)), "size"),
         (lambda folder: (folder / form.STEERING_NAME).unlink(), form.STEERING_NAME),
     ],
@@ -391,6 +407,20 @@ def test_incomplete_or_unknown_products(product: Any, damage: Any, message: str)
     with pytest.raises(ModelError, match=message) as error:
         load_steered(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _without_steering,
+        _config(lambda c: c.pop("steering")),
+        _site(units=5),
+        lambda folder: (folder / form.STEERING_NAME).unlink(),
+    ],
+)
+def test_transformers_alone_refuses_them_too(product: Any, damage: Any) -> None:
+    _, _, folder = product()
+    damage(folder)
     with pytest.raises((ValueError, RuntimeError, OSError)):
         trusted(folder)
 

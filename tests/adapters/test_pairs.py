@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import csv
+import datetime
 import json
 import random
+import resource
 import subprocess
 import sys
 import types
@@ -15,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import attacked, changed_bytes, changed_json, memory_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from austeer.adapters import ContrastivePair, PairsError, read_pairs, split_pairs
-from austeer.adapters.pairs import pairs_digest, render_pairs
+from austeer.adapters.pairs import iter_pairs, pairs_digest, render_pairs
 
 GOOD = {"prompt": "Tom felt", "positive": " happy", "negative": " sad"}
 TURNS = [{"role": "user", "content": "Tom felt"}]
@@ -114,6 +117,25 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         {"messages": [*TURNS, {"content": "x"}], "positive": "a", "negative": "b"},
         "turn 2: key role is missing",
     ),
+    "nested further than it can be written": (
+        '{"messages": [{"role": "u", "content": "c", "x": ' + "[" * 400 + "]" * 400 + "}]}",
+        "nested more than",
+    ),
+    "a number of 10^5 digits": ('{"prompt": ' + "9" * 100_000 + "}", "not valid JSON"),
+    "key that would end the line": (
+        {"prompt\n\x1b[2J": "a", "positive": "a", "negative": "b"},
+        "prompt (or messages) is missing",
+    ),
+    "surrogate in another key": (
+        '{"messages": [{"role": "u", "content": "c", "name": "\\ud800"}],'
+        '"positive": "a", "negative": "b"}',
+        "turn 1: expected JSON values and whole characters",
+    ),
+    "no number": (
+        '{"messages": [{"role": "u", "content": "c", "weight": NaN}],'
+        '"positive": "a", "negative": "b"}',
+        "turn 1: expected JSON values",
+    ),
     "turn content list": (
         {"messages": [{"role": "user", "content": [1]}], "positive": "a", "negative": "b"},
         "turn 1: content: expected text",
@@ -127,6 +149,120 @@ def test_bad_row_names_file_line_and_fault(tmp_path: Path, case: str) -> None:
     path = write(tmp_path / "pairs.jsonl", [GOOD, row])
     message = refusal(path)
     assert message.startswith(f"{path}:2: ") and fault in message
+    assert message.isprintable() and len(message) < 2100
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_other_encodings(tmp_path: Path, encoding: str, suffix: str) -> None:
+    text = "prompt,positive,negative\np,a,b\n" if suffix == ".csv" else json.dumps(GOOD)
+    path = tmp_path / f"pairs{suffix}"
+    path.write_bytes(text.encode(encoding))
+    assert str(path) in refusal(path)
+
+
+def test_what_is_odd_but_text_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a\0b", "positive": "\ufeffa", "negative": "\u202e\x1b"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": "😀"}) + "\n")
+    first, second = read_pairs(path)
+    assert (first.prompt, first.positive, first.negative) == tuple(row.values())
+    assert second.prompt == "😀"
+    path = tmp_path / "pairs.csv"
+    path.write_bytes("\ufeffprompt,positive,negative\na\0b,\ufeffa,b\n".encode())
+    assert read_pairs(path) == [ContrastivePair("a\0b", "\ufeffa", "b", None, f"{path}:2")]
+
+
+HUGE = 1 << 34
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv"])
+def test_a_line_without_end(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('{"prompt": "' if name.endswith("l") else "prompt,positive,negative\n")
+    with path.open("r+b") as stream:
+        stream.truncate(HUGE)  # sparse
+    with memory_limit(1 << 29):
+        assert f"more than {1 << 24} bytes" in refusal(path)
+
+
+@pytest.mark.timeout(60)
+def test_a_quoted_row_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,positive,negative\n" + '"\n",' * (1 << 24))
+    with memory_limit(1 << 29):
+        message = refusal(path)
+    assert message.startswith(f"{path}:2: a row of more than")
+
+
+def test_rows_of_a_csv_are_measured_each_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    rows = "".join(f"{number:0100000},a,b\n" for number in range(200))
+    path.write_text("prompt,positive,negative\n" + rows)
+    assert path.stat().st_size > 1 << 24 and len(read_pairs(path)) == 200
+
+
+def test_csv_cell_beyond_the_readers_limit(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"prompt,positive,negative\n{'x' * 200_000},a,b\n")
+    assert "not valid CSV" in refusal(path)
+
+
+ROWS = [
+    GOOD,
+    {"prompt": "", "positive": "é\u2028x", "negative": "b", "note": [1]},
+    {"messages": [*TURNS, {"role": "a", "content": "b"}], "positive": "a", "negative": "b"},
+]
+CSV = (
+    'prompt,messages,positive,negative\r\n"Tom,\nfelt",,a,"b ""c"""\r\n'
+    ',"[{""role"": ""user"", ""content"": ""hi""}]",a,b\n'
+)
+
+
+def attack(path: Path) -> None:
+    """Either a refusal, or pairs that everything after reading can take."""
+    try:
+        pairs = read_pairs(path)
+    except PairsError as error:
+        assert str(error).isprintable() and path.name in str(error)
+        return
+    for pair in pairs:
+        pair.content.encode()
+        (pair.prompt + pair.positive + pair.negative).encode()
+        assert pair.positive.strip() and pair.negative.strip()
+    pairs_digest(pairs)
+
+
+@attacked
+@given(rows=changed_json(ROWS))
+def test_changed_rows(tmp_path: Path, rows: Any) -> None:
+    attack(write(tmp_path / "pairs.jsonl", rows if isinstance(rows, list) else [rows]))
+
+
+@attacked
+@given(
+    raw=changed_bytes("\n".join(map(json.dumps, ROWS)).encode()) | st.binary(max_size=80),
+)
+def test_changed_jsonl(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(raw)
+    attack(path)
+
+
+@attacked
+@given(raw=changed_bytes(CSV.encode()) | st.binary(max_size=80))
+def test_changed_csv(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(raw)
+    attack(path)
+
+
+def test_the_rows_under_attack_are_good(tmp_path: Path) -> None:
+    assert len(read_pairs(write(tmp_path / "pairs.jsonl", ROWS))) == 3
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(CSV.encode())
+    assert [pair.prompt for pair in read_pairs(path)] == ["Tom,\nfelt", ""]
 
 
 def test_not_utf8(tmp_path: Path) -> None:
@@ -227,9 +363,72 @@ def test_parquet_and_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert chat.messages == tuple(TURNS)
     assert read_pairs("owner/set", split="test")[1].where == "owner/set[test]:2"
     assert calls == [
-        ("parquet", {"streaming": True, "data_files": str(path), "split": "train"}),
+        (
+            "parquet",
+            {"streaming": True, "data_files": str(path), "split": "train", "batch_size": 1024},
+        ),
         ("owner/set", {"streaming": True, "split": "test"}),
     ]
+
+
+class Group:
+    """What pyarrow tells of a Parquet file with one row group of this size."""
+
+    num_row_groups = 1
+
+    def __init__(self, size: int) -> None:
+        self.total_byte_size = size
+
+    def row_group(self, number: int) -> Group:
+        assert number == 0
+        return self
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"), [(1, 1024), (1 << 20, 256), (1 << 27, 2), (1 << 28, 1)]
+)
+def test_parquet_is_read_in_small_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, rows: int
+) -> None:
+    found = []
+    pyarrow = types.ModuleType("pyarrow.parquet")
+    pyarrow.read_metadata = lambda _: Group(size)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow)
+
+    def load(name: str, **options: Any) -> Any:
+        found.append(options["batch_size"])
+        return [GOOD]
+
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(load))
+    path = tmp_path / "pairs.parquet"
+    path.touch()
+    assert len(read_pairs(path)) == 1 and found == [rows]
+    pyarrow.read_metadata = lambda _: Group((1 << 28) + 1)  # type: ignore[attr-defined]
+    assert "smaller row groups" in refusal(path)
+
+
+def test_parquet_that_unpacks_to_more_than_memory(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
+    from pyarrow import parquet
+
+    path = tmp_path / "pairs.parquet"
+    rest = {"positive": ["a"] * 500, "negative": ["b"] * 500}
+    parquet.write_table(arrow.table({"prompt": ["x" * (1 << 20)] * 500, **rest}), path)
+    assert path.stat().st_size < 1 << 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sum(1 for _ in iter_pairs(path)) == 500
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    table = arrow.table({"prompt": ["x" * (1 << 29)], "positive": ["a"], "negative": ["b"]})
+    parquet.write_table(table, path)
+    assert "smaller row groups" in refusal(path)
+
+
+def test_row_of_a_dataset_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [GOOD, {**GOOD, "prompt": "x" * (1 << 24)}]
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(lambda *_, **__: rows))
+    assert refusal("owner/set").startswith("owner/set[train]:2: a row of more than")
 
 
 def test_what_datasets_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +438,13 @@ def test_what_datasets_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets(load))
     message = refusal("owner/set")
     assert "owner/set[train]" in message and "no such set on the Hub" in message
+
+
+def test_turns_of_a_dataset_that_no_json_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = {**TURNS[0], "when": datetime.datetime(2026, 1, 1)}
+    rows = [{"messages": [turn], "positive": "a", "negative": "b"}]
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(lambda *_, **__: rows))
+    assert "turn 1: expected JSON values" in refusal("owner/set")
 
 
 def test_bad_row_of_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,12 @@ def test_key_round_trips(component: Component) -> None:
         "layers.1.head",
         "",
         "a.b.c.d",
+        "layers.01.ffn",
+        "layers.٣.ffn",
+        "layers.².ffn",
+        "layers.1.ffn\n",
+        "layers." + "9" * 5000 + ".ffn",
+        "layers.1000000000.ffn",
     ],
 )
 def test_other_keys_are_refused(key: str) -> None:

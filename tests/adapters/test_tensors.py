@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hostile import BOMB, attacked, changed_bytes, changed_json, memory_limit, safetensors
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from austeer.adapters import ModelError
-from austeer.adapters.tensors import Checkpoint, read_header
+from austeer.adapters.tensors import (
+    DTYPES,
+    Checkpoint,
+    read_header,
+    read_metadata,
+    read_tensors,
+)
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -25,9 +35,7 @@ TENSORS = {
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    size = len(text) if length is None else length
-    path.write_bytes(size.to_bytes(8, "little") + text + data)
+    path.write_bytes(safetensors(header, data, length))
 
 
 def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
@@ -111,15 +119,143 @@ BAD_HEADERS = {
     "overlap": ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"\0" * 12),
     "hole": ({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"\0" * 12),
     "beyond the end": ({"a": entry(0, 400, [100])}, b"\0" * 4),
+    "offset of text": ({"a": {**entry(0, 4, [1]), "data_offsets": ["0", "4"]}}, b"\0" * 4),
+    "fractional offset": ({"a": {**entry(0, 4, [1]), "data_offsets": [0.5, 4]}}, b"\0" * 4),
+    "infinite offset": ({"a": {**entry(0, 4, [1]), "data_offsets": [0, 1e999]}}, b"\0" * 4),
+    "offset without end": (
+        b'{"a":{"dtype":"F8","shape":[1],"data_offsets":[0,' + b"9" * 4300 + b"]}}",
+        b"",
+    ),
+    "offset of 10^5 digits": (
+        b'{"a":{"dtype":"F8","shape":[1],"data_offsets":[0,' + b"9" * 100_000 + b"]}}",
+        b"",
+    ),
+    "offset is a flag": ({"a": {**entry(0, 1, [1], "U8"), "data_offsets": [0, True]}}, b"\0"),
+    "shape is a flag": ({"a": {**entry(0, 1, [], "U8"), "shape": [True]}}, b"\0"),
+    "shape is text": ({"a": {**entry(0, 1, [], "U8"), "shape": "1"}}, b"\0"),
+    "shape is an object": ({"a": {**entry(0, 1, [], "U8"), "shape": {"1": 1}}}, b"\0"),
+    "too many axes": ({"a": entry(0, 1, [1] * 33, "U8")}, b"\0"),
+    "empty, and beyond any address": ({"a": entry(0, 0, [0, 2**62, 2**62])}, b""),
+    "a product that never ends": ({"a": entry(0, 4, [10**4000] * 200)}, b"\0" * 4),
+    "dtype is a list": ({"a": {**entry(0, 1, [1]), "dtype": ["U8"]}}, b"\0"),
+    "dtype is a sentence": ({"a": entry(0, 1, [1], "F32\nerror: all is well")}, b"\0"),
+    "key twice": (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"a":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}}',
+        b"\0",
+    ),
+    "offsets twice": (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,9],"data_offsets":[0,1]}}',
+        b"\0",
+    ),
+    "name with a line break": ({"a\nb": entry(0, 1, [1], "U8")}, b"\0"),
+    "name with an escape": ({"\x1b]0;x\x07": entry(0, 1, [1], "U8")}, b"\0"),
+    "half a surrogate": ({"\ud800": entry(0, 1, [1], "U8")}, b"\0"),
+    "name without end": ({"x" * 10**6: entry(0, 1, [1], "U8")}, b"\0"),
+    "utf-16": ('{"a": {}}'.encode("utf-16"), b""),
+    "nested": (BOMB.encode(), b""),
+    "nested objects": (b'{"a":' * 100_000, b""),
+    "nested shape": (b'{"a":{"dtype":"U8","shape":' + BOMB.encode(), b""),
+    "many lists": (b"[" + b"[]," * 2_500_000 + b"0]", b""),
+    "metadata of a number": ({"__metadata__": {"format": 1}}, b""),
 }
 
 
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("case", BAD_HEADERS)
 def test_malformed_header(tmp_path: Path, case: str) -> None:
     header, data = BAD_HEADERS[case]
     path = tmp_path / "model.safetensors"
     write_raw(path, header, data)
+    with memory_limit(1 << 30):
+        refusal(path)
+
+
+def test_header_longer_than_any(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as stream:
+        stream.write((1 << 32).to_bytes(8, "little"))
+        stream.truncate(1 << 40)  # sparse
+    with memory_limit(1 << 30):
+        assert "at most" in refusal(path)
+
+
+@pytest.mark.timeout(20)
+def test_pipe_or_device_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    os.mkfifo(path)
     refusal(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refusal(path)
+
+
+def test_metadata_is_read_from_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path, metadata={"format": "pt", "é": "a\nb"})
+    assert read_metadata(path) == {"format": "pt", "é": "a\nb"}
+    metadata, tensors = read_tensors(path)
+    assert metadata == read_metadata(path) and set(tensors) == set(TENSORS)
+    save_file(TENSORS, path)
+    assert read_metadata(path) == {}
+
+
+def test_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    found = read_header(path)
+    os.truncate(path, found["a"].start + 3)
+    with pytest.raises(ModelError, match="ends within a"):
+        found["a"].read()
+
+
+def test_what_was_read_can_be_written_to(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    tensor = Checkpoint(tmp_path)["a"].read()
+    tensor[0, 0] = 9
+    assert Checkpoint(tmp_path)["a"].read()[0, 0] == 0
+
+
+VALID = {
+    "__metadata__": {"format": "pt"},
+    "a": entry(0, 24, [2, 3]),
+    "b": entry(24, 30, [3], "BF16"),
+    "c": entry(30, 32, [2], "F8_E4M3"),
+}
+
+
+def attack(path: Path) -> None:
+    """Either a refusal, or tensors that are wholly inside the file."""
+    try:
+        metadata, entries = read_metadata(path), read_header(path)
+    except ModelError as error:
+        assert str(error).isprintable()
+        return
+    assert all(isinstance(value, str) for value in metadata.values())
+    covered = 0
+    for found in entries.values():
+        covered += found.size
+        if found.dtype in DTYPES:
+            tensor = found.read()
+            assert (tensor.shape, tensor.nbytes) == (found.shape, found.size)
+    start = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    assert start + covered == path.stat().st_size
+
+
+@attacked
+@given(header=changed_json(VALID), data=st.sampled_from([32, 32, 31, 0]))
+def test_changed_headers(tmp_path: Path, header: Any, data: int) -> None:
+    path = tmp_path / "model.safetensors"
+    write_raw(path, header, bytes(range(data)))
+    attack(path)
+
+
+@attacked
+@given(raw=changed_bytes(safetensors(VALID, bytes(32))) | st.binary(max_size=64))
+def test_changed_files(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw)
+    attack(path)
 
 
 @pytest.mark.parametrize("length", [10**6, 2**63, 2**64 - 1])
@@ -179,14 +315,62 @@ def test_missing_shard(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../two.safetensors", "/etc/passwd", "sub/x", "..", "", 3])
+BAD_SHARDS = (
+    *(
+        "../two.safetensors",
+        "/etc/passwd",
+        "sub/x",
+        "..",
+        ".",
+        "",
+        3,
+        None,
+        ["one.safetensors"],
+    ),
+    *("model.safetensors.index.json", "config.json", "one.bin", "a\nb.safetensors"),
+    *("\0.safetensors", "\ud800.safetensors", "x" * 300 + ".safetensors", ".safetensors/.."),
+)
+
+
+@pytest.mark.parametrize("name", BAD_SHARDS, ids=repr)
 def test_shard_outside_the_folder(tmp_path: Path, name: object) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"b": TENSORS["b"]}, tmp_path / "two.safetensors")
-    sharded(folder, {"b": name})
-    with pytest.raises(ModelError, match=r"index\.json"):
+    sharded(folder, {"a": "one.safetensors", "b": name})
+    with pytest.raises(ModelError, match=r"index\.json: shard .* refused"):
         Checkpoint(folder)
+
+
+def test_shard_that_is_no_file(tmp_path: Path) -> None:
+    sharded(tmp_path, {"a": "one.safetensors", "b": "three.safetensors"})
+    shard = tmp_path / "three.safetensors"
+    shard.mkdir()
+    with pytest.raises(ModelError, match="missing"):
+        Checkpoint(tmp_path)
+    shard.rmdir()
+    shard.symlink_to(shard)
+    with pytest.raises(ModelError, match="missing"):
+        Checkpoint(tmp_path)
+
+
+INDEX = {
+    "metadata": {"total_size": 30},
+    "weight_map": {"a": "one.safetensors", "b": "two.safetensors"},
+}
+
+
+@attacked
+@given(index=changed_json(INDEX))
+def test_changed_indexes(tmp_path: Path, index: Any) -> None:
+    sharded(tmp_path, {})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    try:
+        found = Checkpoint(tmp_path)
+    except ModelError as error:
+        assert str(error).isprintable() and "index.json" in str(error)
+    else:
+        assert {path.parent for path in found.files} == {tmp_path}
 
 
 def test_tensor_in_two_shards(tmp_path: Path) -> None:
@@ -196,7 +380,21 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', "\udc80"])
+BAD_INDEXES = (
+    *(
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        "\udc80",
+        '{"weight_map": {}}',
+        '{"weight_map": []}',
+    ),
+    *(BOMB, '{"weight_map": ' + BOMB, "9" * 5000),
+)
+
+
+@pytest.mark.parametrize("text", BAD_INDEXES, ids=lambda text: repr(text[:30]))
 def test_malformed_index(tmp_path: Path, text: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_bytes(text.encode("utf-8", "surrogateescape"))

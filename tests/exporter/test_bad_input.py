@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +262,92 @@ def test_adapter_with_unknown_version(tmp_path: Path, base: Path, adapter: Path)
     change_config(adapter, format_version=99)
     says = ("format_version 99", "update austeer")
     refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
+
+
+HOSTILE_FITS = (
+    {"test": 5, "beta": 5, "combined": 5},
+    {"test": {"kl": "x", "accuracy": [1], "margin": 10**400, "a|b\n": 0.5}},
+    {"beta": {"layers.0.attention": "low", "layers.1.attention": [1]}},
+    {"beta": {"layers.0.attention": {"0": 1}, "layers.1.attention": ["a", "b"]}},
+    {"combined": {"adapters": [{"name": "\x1b[2J", "weight": 1}, {"name": 1}, 3]}},
+    {"combined": {"adapters": [{"name": "a", "weight": 10**400}]}},
+)
+
+
+@pytest.mark.parametrize("fit", HOSTILE_FITS, ids=range(len(HOSTILE_FITS)))
+def test_what_a_stranger_wrote_about_the_fit_is_left_out(
+    tmp_path: Path, base: Path, adapter: Path, fit: Any
+) -> None:
+    change_config(adapter, fit=fit)
+    for arguments in (
+        ("show", adapter),
+        ("show", adapter, "--json"),
+        ("merge", base, adapter, "-o", tmp_path / "out", "--no-verify"),
+    ):
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        assert "\x1b" not in result.output
+
+
+def test_a_link_out_of_the_base_is_not_published(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (base / "notes.txt").symlink_to(secret)
+    says = ("notes.txt", "link out of the model's directory", str(secret))
+    refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
+    (base / "config.json").unlink()
+    (base / "config.json").symlink_to("/dev/zero")
+    says = ("config.json", "not a regular file")
+    refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("command", ["merge", "onnx", "show"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapter_files_that_are_pipes(
+    tmp_path: Path, base: Path, adapter: Path, command: str, name: str
+) -> None:
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    arguments = [adapter] if command == "show" else [base, adapter, "-o", tmp_path / "out"]
+    refused(tmp_path, command, *arguments, says=(name,))
+
+
+def test_gains_that_leave_the_range_of_the_weights(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    change_tensors(adapter, layers__0__attention__gamma=np.array([3e38], np.float32))
+    weights = load_file(base / "model.safetensors")
+    arguments = ("merge", base, adapter, "-o", tmp_path / "out", "--scale", 1000)
+    assert all(np.isfinite(tensor).all() for tensor in weights.values())
+    refused(tmp_path, *arguments, says=("unit 3", "leaves the range of float32"))
+
+
+def test_config_with_nan_takes_no_code(tmp_path: Path, base: Path, adapter: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"note": float("nan")}))
+    arguments = ("merge", base, adapter, "-o", tmp_path / "out", "--code")
+    refused(tmp_path, *arguments, says=("config.json", "NaN"))
+
+
+@pytest.mark.parametrize("more", [["--json"], []])
+def test_paths_that_are_not_utf8(
+    tmp_path: Path, base: Path, adapter: Path, more: list[str]
+) -> None:
+    out = tmp_path / os.fsdecode(b"out-\xff")
+    command = ["merge", base, adapter, "-o", out, "--no-verify", *more]
+    for wanted in (0, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "austeer.exporter", *map(str, command)],
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == wanted, done.stderr
+        assert b"Traceback" not in done.stderr
+        assert (out / "model.safetensors").is_file()
 
 
 def test_units_out_of_range(tmp_path: Path, base: Path, adapter: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import safetensors
 from safetensors.numpy import save_file
 
 from austeer.adapters import ModelError, tensors
@@ -91,18 +92,80 @@ def test_copies_what_loading_needs_and_nothing_else(base: Path, out: Path) -> No
 
 
 def test_links_of_a_hub_cache_become_files(base: Path, tmp_path: Path, out: Path) -> None:
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    for path in list(base.iterdir()):
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot = base.rename(_made(blobs.parent / "snapshots") / "0123")
+    for path in list(snapshot.iterdir()):
         if path.is_file():
             blob = path.rename(blobs / f"sha-{path.name}")
-            path.symlink_to(os.path.relpath(blob, base))
+            path.symlink_to(os.path.relpath(blob, snapshot))
             blob.chmod(0o444)
-    copy_checkpoint(Checkpoint(base), out)
+    copy_checkpoint(Checkpoint(snapshot), out)
     for name in ("model.safetensors", "config.json"):
         assert not (out / name).is_symlink()
         assert (out / name).read_bytes() == (blobs / f"sha-{name}").read_bytes()
         assert (out / name).stat().st_mode & 0o200, "a copy must be writable to be patched"
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "link", ["notes.txt", "LICENSE", "additional_chat_templates/more.jinja"]
+)
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_brings_no_foreign_file_into_a_product(
+    base: Path, tmp_path: Path, out: Path, link: str, relative: bool
+) -> None:
+    secret = tmp_path / "credentials"
+    secret.write_text("secret")
+    path = base / link
+    path.unlink(missing_ok=True)
+    path.symlink_to(os.path.relpath(secret, path.parent) if relative else secret)
+    with pytest.raises(ModelError, match=r"link out of the model's directory, to .*credential"):
+        copy_checkpoint(Checkpoint(base), out)
+    assert listing(out) == {}
+
+
+def test_a_folder_of_templates_that_is_a_link(base: Path, tmp_path: Path, out: Path) -> None:
+    templates = base / "additional_chat_templates"
+    templates.rename(tmp_path / "elsewhere")
+    templates.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="link out of the model's directory"):
+        copy_checkpoint(Checkpoint(base), out)
+
+
+def test_links_within_the_directory_and_to_weights_are_followed(
+    base: Path, tmp_path: Path, out: Path
+) -> None:
+    (base / "copy.txt").symlink_to("merges.txt")
+    # Weights are read and checked first: they cannot be any other file.
+    (base / "model.safetensors").rename(tmp_path / "on-another-disk")
+    (base / "model.safetensors").symlink_to(tmp_path / "on-another-disk")
+    entry = tmp_path / "named-otherwise"
+    entry.symlink_to(base)
+    copy_checkpoint(Checkpoint(entry), out)
+    assert (out / "copy.txt").read_bytes() == (base / "merges.txt").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (
+        tmp_path / "on-another-disk"
+    ).read_bytes()
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(base: Path, out: Path) -> None:
+    os.mkfifo(base / "extra.json")
+    with pytest.raises(ModelError, match=r"extra\.json: expected a file"):
+        copy_checkpoint(Checkpoint(base), out)
+
+
+@pytest.mark.parametrize("note", [{"b": ["a"]}, ["a"], {"b": {"a": 1}}, {"b": 5}, "a"])
+def test_a_note_of_shared_names_that_is_no_text(tmp_path: Path, note: Any) -> None:
+    header = {"__metadata__": note, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    (tmp_path / "model.safetensors").write_bytes(safetensors(header, b"x"))
+    with pytest.raises(ModelError, match="metadata is not an object of texts"):
+        shared_names(Checkpoint(tmp_path))
 
 
 def test_dangling_link_is_named(base: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -298,14 +299,34 @@ def test_links_to_a_base_are_followed(
 ) -> None:
     """As in the cache of the Hub, whose snapshots are links."""
     base = own_base(data=True)
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123" / "onnx"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
     for path in base.parent.iterdir():
-        (snapshot / path.name).symlink_to(path)
+        blob = blobs / f"sha-{path.name}"
+        blob.write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
     job(snapshot, adapter_folder(), tmp_path / "out", copy_data=True)
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
     unproved(base.parent, adapter_folder(), tmp_path / "other", copy_data=True)
     assert content(tmp_path / "out") == content(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "weights"])
+def test_a_link_brings_no_foreign_file_into_a_product(
+    own_base: Any, adapter_folder: Adapters, tmp_path: Path, name: str
+) -> None:
+    base = own_base(data=True)
+    if name == "weights":
+        (name,) = (x.name for x in base.parent.iterdir() if x.name.endswith(".data"))
+        (base.parent / name).rename(tmp_path / "secret")
+    else:
+        (tmp_path / "secret").write_text("secret")
+        (base.parent / name).unlink(missing_ok=True)
+    (base.parent / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(GraphError, match="link out of the model's directory"):
+        job(base.parent, adapter_folder(), tmp_path / "out", copy_data=True)
+    assert not (tmp_path / "out").exists()
 
 
 # Options

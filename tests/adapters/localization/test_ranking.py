@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hostile import attacked, changed_bytes, changed_json
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from austeer.adapters import Component, FitError, OutputError, Ranking, SiteError
@@ -181,6 +184,25 @@ BAD_FILES: dict[str, tuple[Change, str]] = {
     "missing sum": (lambda t, _: t.__delitem__("ffn.total"), "ffn.total"),
     "unknown component": (lambda t, _: t.update({"brain.total": DELTA}), "brain.total"),
     "nothing": (lambda t, _: t.clear(), "found none"),
+    "description bomb": (lambda _, m: m.update(info="[" * 100_000), "nested too deeply"),
+    "versions": (info(versions=[1]), "versions"),
+    "count without end": (
+        lambda _, m: m.update(info=m["info"].replace('"count": 10', '"count": 1e999')),
+        "count",
+    ),
+    "counters that wrap around": (
+        lambda t, _: t.update(
+            {"ffn.positive": np.full_like(P, 2**62), "ffn.negative": np.full_like(P, 2**62)}
+        ),
+        "outside 0 to 10",
+    ),
+    "more signs than pairs": (tensor("negative", np.full_like(P, N)), "outside 0 to 10"),
+    "no units": (
+        lambda t, _: t.update({name: x[:, :0].copy() for name, x in t.items()}),
+        "[layers, width]",
+    ),
+    "numbers beyond any sum": (tensor("total", DELTA + 1e200), "below 1e+100"),
+    "negative squares": (tensor("squares", DELTA - 100), "negative"),
 }
 
 
@@ -193,6 +215,27 @@ def test_bad_file(tmp_path: Path, case: str) -> None:
         Ranking.load(path)
     message = str(caught.value)
     assert str(path) in message and fault in message and "\n" not in message
+
+
+@attacked
+@given(data=st.data())
+def test_changed_files(tmp_path: Path, data: st.DataObject) -> None:
+    path = ranking().save(tmp_path / "ranking.safetensors")
+    raw = path.read_bytes()
+    if data.draw(st.booleans()):
+        path.write_bytes(data.draw(changed_bytes(raw)))
+    else:
+        text = json.dumps(data.draw(changed_json(asdict(INFO))))
+        rewrite(path, lambda _, metadata: metadata.update(info=text))
+    try:
+        read = Ranking.load(path)
+    except FitError as error:
+        assert str(error).isprintable()
+        return
+    # What was accepted has scores, without a warning (which is an error here).
+    for component in read.components:
+        assert np.abs(read.beta(component)).max() <= 1.0
+        assert len(read.top(component, 10)) == 10
 
 
 @pytest.mark.parametrize("keep", [0, 7, 60, -1])
