@@ -64,12 +64,16 @@ class TensorEntry:
             )
         return DTYPES[self.dtype]
 
-    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The tensor, copied into memory."""
+    def read(self, part: int | None = None) -> np.ndarray[Any, np.dtype[Any]]:
+        """The tensor, or number `part` of its first axis alone, copied into memory."""
+        start, size, shape = self.start, self.size, self.shape
+        if part is not None:
+            size, shape = size // shape[0], shape[1:]
+            start += part * size
         with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            data = stream.read(self.size)
-        return np.frombuffer(data, dtype=self.numpy_dtype).reshape(self.shape).copy()
+            stream.seek(start)
+            data = stream.read(size)
+        return np.frombuffer(data, dtype=self.numpy_dtype).reshape(shape).copy()
 
 
 class Checkpoint(Mapping[str, TensorEntry]):

@@ -18,8 +18,8 @@ from jaxtyping import Float
 
 from austeer.adapters._errors import ModelError, VerificationError
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.sites import Component
-from austeer.adapters.steered_site import SteeredSite
+from austeer.adapters.fingerprint import checkpoint_reader
+from austeer.adapters.steered_site import SteeredSite, touched_tensors
 from austeer.adapters.tensors import Checkpoint, TensorEntry
 
 Array = np.ndarray[Any, Any]
@@ -91,19 +91,14 @@ def _gains(
 ) -> Iterator[tuple[str, dict[int, Float[np.ndarray, " width"]]]]:
     """Per touched tensor the full gain vector of each axis."""
     found: dict[str, dict[int, Array]] = {}
+    read = checkpoint_reader(adapter.architecture, checkpoint)
     for steered in adapter.sites:
-        module = adapter.architecture.projection(steered.site)
-        axis = adapter.architecture.width_axis(steered.site.component)
-        targets = [(f"{module}.weight", axis)]
-        if steered.site.component is Component.FFN:
-            targets.append((f"{module}.bias", 0))
-        for name, along in targets:
+        for name, along, _ in touched_tensors([steered], adapter.architecture, read):
             entry = checkpoint.find(adapter.architecture.disk_names(name))
-            if entry is not None:
-                gain = _dense_gain(steered, entry.shape[along], scale)
-                found.setdefault(entry.name, {})[along] = gain
-            elif not name.endswith(".bias"):
+            if entry is None:
                 raise VerificationError(f"{checkpoint.root}: {name} is not in the checkpoint")
+            gain = _dense_gain(steered, entry.shape[along], scale)
+            found.setdefault(entry.name, {})[along] = gain
     yield from found.items()
 
 
