@@ -13,7 +13,7 @@ import numpy as np
 
 from austeer.adapters._errors import AdapterError, SiteError
 from austeer.adapters._files import publish_directory
-from austeer.adapters.architectures import Architecture, architecture_of
+from austeer.adapters.architectures import Architecture, architecture_of, text_config
 from austeer.adapters.config import AdapterConfig, Strength
 from austeer.adapters.fingerprint import (
     ReadTensor,
@@ -107,7 +107,7 @@ class SteeringAdapter:
             raise SiteError("adapter: expected at least one steered unit, got none")
         architecture = architecture_of(model.config.model_type)
         read = module_reader(model)
-        check_sites(sites, architecture, model.config.num_hidden_layers, read)
+        check_sites(sites, architecture, text_config(model).num_hidden_layers, read)
         config = AdapterConfig(
             base_model_name_or_path=str(getattr(model, "name_or_path", "") or ""),
             base_model_fingerprint=fingerprint(architecture, [s.site for s in sites], read),
@@ -222,7 +222,7 @@ class SteeringAdapter:
             raise AdapterError("this model is steered in code already; load its base")
         stamp = weights_stamp(self.architecture, [s.site for s in self.sites], model)
         if stamp is None or self._checked.get(model) != stamp:
-            self.check_base(module_reader(model), model.config.num_hidden_layers, force)
+            self.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
             if not force:
                 self._checked[model] = stamp
         with steering_hooks(model, self.architecture, self.sites, scale):

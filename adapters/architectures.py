@@ -6,166 +6,25 @@ paths are those of the transformers class, `{i}` stands for the layer number.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters.sites import Component, Site
+from austeer.adapters.architecture import Architecture, Hookpoint
+from austeer.adapters.mixtures import Experts, Mixture
 
-Side = Literal["input", "output"]
-Masks = Literal["one", "by_layer_type", "tokens"]
-
-
-@dataclass(frozen=True, slots=True)
-class Hookpoint:
-    """The module and the side of it at which a site's activation is read and rescaled."""
-
-    module: str
-    side: Side
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Where the four components of one `model_type` are.
-
-    Attributes:
-        model_type: `model_type` of the config.
-        prefix: first part of every decoder path; checkpoints of the bare base model lack it.
-        layer: path of decoder layer `{i}`.
-        attention: path of the attention output projection, below the layer.
-        mlp: path of the MLP's last projection, below the layer.
-        embedding: path of the token embedding.
-        norm: path of the final norm.
-        unembedding: path of the LM head.
-        transposed: projections are stored `[in, out]` (`Conv1D`) instead of `[out, in]`.
-        layer_keys: config keys that hold the number of layers, first match wins.
-        tail: paths of what else lies between the final norm and the LM head.
-        attention_norm: path below the layer of a norm between the attention's output and the
-            residual stream.
-        mlp_norm: the same of the MLP.
-        own_blocks: attention and MLP are modules whose outputs are those of their last
-            projections; not so where one adds the residual itself, or is no module.
-        counts_places: distances between tokens come from their places in a row (ALiBi,
-            windows cut out of a stored mask), not from `position_ids`.
-        masks: attention masks that the model takes where its caller prepares them: one, one
-            for each of `layer_types`, or none but which tokens are real (ALiBi needs that).
-
-    Raises:
-        ModelError: a field is malformed; names it and what it should be.
-    """
-
-    model_type: str
-    prefix: str = "model"
-    layer: str = "model.layers.{i}"
-    attention: str = "self_attn.o_proj"
-    mlp: str = "mlp.down_proj"
-    embedding: str = "model.embed_tokens"
-    norm: str = "model.norm"
-    unembedding: str = "lm_head"
-    transposed: bool = False
-    layer_keys: tuple[str, ...] = ("num_hidden_layers", "n_layer")
-    tail: tuple[str, ...] = ()
-    attention_norm: str | None = None
-    mlp_norm: str | None = None
-    own_blocks: bool = True
-    counts_places: bool = False
-    masks: Masks = "one"
-
-    def __post_init__(self) -> None:
-        for name, wanted in _malformed(self):
-            value = getattr(self, name)
-            raise ModelError(
-                f"Architecture({self.model_type!r}): {name}={value!r}: expected {wanted}"
-            )
-
-    @property
-    def decoder(self) -> str:
-        """Path of the module that runs the layers."""
-        return self.layer.partition(".{i}")[0].rpartition(".")[0]
-
-    def hookpoint(self, site: Site) -> Hookpoint:
-        """The place where `site` is steered in a live model."""
-        if site.component is Component.LAYER:
-            return Hookpoint(self.layer.format(i=site.layer), "output")
-        side: Side = "output" if site.component is Component.FFN else "input"
-        return Hookpoint(self.projection(site), side)
-
-    def projection(self, site: Site) -> str:
-        """Path of the projection whose weight bounds `site` (for `layer`: the MLP's last)."""
-        below = self.attention if site.component is Component.ATTENTION else self.mlp
-        return f"{self.layer.format(i=site.layer)}.{below}"
-
-    def post_norm(self, component: Component) -> str | None:
-        """Path below the layer of the norm that `component`'s block passes on its way out."""
-        if component is Component.LAYER:
-            return None
-        return self.attention_norm if component is Component.ATTENTION else self.mlp_norm
-
-    def width_axis(self, component: Component) -> int:
-        """Axis of the stored projection weight whose length is the site's width."""
-        reads_input = component in (Component.ATTENTION, Component.NEURON)
-        return int(reads_input != self.transposed)
-
-    def num_layers(self, config: Mapping[str, Any]) -> int:
-        """Number of decoder layers in a parsed `config.json`.
-
-        Raises:
-            ModelError: no such key, or not a positive integer.
-        """
-        for key in self.layer_keys:
-            value = config.get(key)
-            if type(value) is int and value > 0:
-                return value
-        raise ModelError(
-            f"config.json: expected a positive integer under {' or '.join(self.layer_keys)}, "
-            "found none"
-        )
-
-    def disk_names(self, name: str) -> tuple[str, ...]:
-        """Names under which a checkpoint may hold the module tensor `name`."""
-        bare = name.removeprefix(f"{self.prefix}.")
-        return (name,) if bare == name else (name, bare)
-
-
-_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
-
-
-def _malformed(row: Architecture) -> Iterator[tuple[str, str]]:
-    """Fields of a row that cannot be right, each with what it should be."""
-    paths = ("prefix", "attention", "mlp", "embedding", "norm", "unembedding")
-    for name in ("model_type", "layer", *paths):
-        if not isinstance(getattr(row, name), str):
-            yield name, "a string"
-    if not _is_path(row.model_type.replace("-", "_")):
-        yield "model_type", "the model_type of a config.json"
-    once = row.layer.count(".{i}") == 1 and _is_path(row.layer.replace(".{i}", ".0"))
-    if not (once and row.decoder):
-        yield "layer", "a module path with {i} once, such as model.layers.{i}"
-    for name in paths:
-        if not _is_path(getattr(row, name)):
-            yield name, "a module path such as self_attn.o_proj"
-    for name in ("attention_norm", "mlp_norm"):
-        if not (getattr(row, name) is None or _is_path(getattr(row, name))):
-            yield name, "a module path or None"
-    for name in ("layer", "embedding", "norm"):
-        if not getattr(row, name).startswith(f"{row.prefix}."):
-            yield name, f"a path below the prefix {row.prefix!r}"
-    if row.masks not in get_args(Masks):
-        yield "masks", f"one of {', '.join(get_args(Masks))}"
-    for name, least in (("layer_keys", 1), ("tail", 0)):
-        values = getattr(row, name)
-        right = isinstance(values, tuple) and all(map(_is_path, values))
-        if not right or len(values) < least:
-            yield name, "a tuple of names"
-
-
-def _is_path(path: object) -> bool:
-    return isinstance(path, str) and _PATH.fullmatch(path) is not None
-
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Hookpoint",
+    "architecture_of",
+    "register_architecture",
+    "skips_projections",
+    "text_config",
+]
 
 _GPT = partial(
     Architecture,
@@ -173,6 +32,14 @@ _GPT = partial(
     layer="transformer.h.{i}",
     embedding="transformer.wte",
     norm="transformer.ln_f",
+)
+
+# What transformers 5 calls `mlp`.
+_MIXTRAL_BLOCK = "block_sparse_moe" if version("transformers").startswith("4.") else "mlp"
+
+_FINE_EXPERTS = (
+    Experts("mlp.gate.weight", "mlp.experts.{e}.down_proj.weight"),
+    Experts("mlp.gate.weight", "mlp.experts.down_proj"),
 )
 
 _ROWS = (
@@ -186,6 +53,18 @@ _ROWS = (
             masks="one" if name == "olmo2" else "by_layer_type",
         )
         for name in ("gemma2", "gemma3_text", "olmo2")
+    ),
+    Architecture(
+        "gemma3",
+        prefix="model.language_model",
+        layer="model.language_model.layers.{i}",
+        embedding="model.language_model.embed_tokens",
+        norm="model.language_model.norm",
+        attention_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+        masks="by_layer_type",
+        layer_keys=("text_config.num_hidden_layers",),
+        stored_prefixes=("language_model.model",),
     ),
     Architecture("starcoder2", mlp="mlp.c_proj"),
     Architecture(
@@ -257,6 +136,52 @@ _ROWS = (
         own_blocks=False,
         counts_places=True,
     ),
+    Architecture(
+        "mixtral",
+        mlp=f"{_MIXTRAL_BLOCK}.down_proj",
+        mixture=Mixture(
+            (
+                Experts(
+                    "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{e}.w2.weight"
+                ),
+                Experts("mlp.gate.weight", "mlp.experts.down_proj"),
+            )
+        ),
+    ),
+    *(
+        Architecture(name, mixture=Mixture(_FINE_EXPERTS, shared))
+        for name, shared in (
+            ("qwen3_moe", None),
+            ("deepseek_v3", "mlp.shared_experts.down_proj"),
+        )
+    ),
+    Architecture(
+        "qwen2_moe",
+        masks="by_layer_type",
+        mixture=Mixture(_FINE_EXPERTS, "mlp.shared_expert.down_proj"),
+    ),
+    Architecture(
+        "gpt_oss",
+        masks="by_layer_type",
+        mixture=Mixture(
+            (
+                Experts(
+                    "mlp.router.weight", "mlp.experts.down_proj", "mlp.experts.down_proj_bias"
+                ),
+            ),
+            transposed=True,
+        ),
+    ),
+    Architecture(
+        "llama4_text",
+        mlp="feed_forward.down_proj",
+        counts_places=True,
+        mixture=Mixture(
+            (Experts("feed_forward.router.weight", "feed_forward.experts.down_proj"),),
+            "feed_forward.shared_expert.down_proj",
+            transposed=True,
+        ),
+    ),
 )
 
 _TABLE = {row.model_type: row for row in _ROWS}
@@ -299,6 +224,11 @@ def architecture_of(model_type: object) -> Architecture:
         "give its module paths to austeer.adapters.register_architecture, or add a row to "
         "adapters/architectures.py"
     )
+
+
+def text_config(model: Any) -> Any:
+    """The config of a model's text decoder: a vision-language model's is part of its own."""
+    return model.config.get_text_config(decoder=True)
 
 
 def skips_projections(setting: Callable[[str, Any], Any]) -> bool:

@@ -12,7 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters.architectures import Architecture, Hookpoint, skips_projections
+from austeer.adapters.architectures import (
+    Architecture,
+    Hookpoint,
+    architecture_of,
+    skips_projections,
+)
 from austeer.adapters.predictor import PHI_MAX, PHI_SHIFT
 from austeer.adapters.steered_site import SteeredSite
 
@@ -155,6 +160,11 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
         raise ModelError(
             f"{type(model).__name__}: has no module {path}; is its Architecture row right?"
         ) from None
+
+
+def text_decoder(model: Any) -> Any:
+    """What a causal language model computes its hidden states with, without the LM head."""
+    return find_module(model, architecture_of(model.config.model_type).prefix)
 
 
 def final_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:

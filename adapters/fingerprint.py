@@ -8,16 +8,17 @@ from another dtype was rounded otherwise: it is another model, with another fing
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
-from austeer.adapters._errors import ModelError
-from austeer.adapters.architectures import Architecture, architecture_of
-from austeer.adapters.sites import Component, Site
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters._errors import ModelError, SiteError
+from austeer.adapters.architectures import Architecture, architecture_of, text_config
+from austeer.adapters.mixtures import Carrier, projections_of
+from austeer.adapters.sites import Component, Refusal, Site
+from austeer.adapters.tensors import Checkpoint, read_rows
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,17 @@ if TYPE_CHECKING:
 
 _STAMPED = 256  # values of each tensor that a stamp looks at
 
-ReadTensor = Callable[[str], np.ndarray[Any, np.dtype[Any]] | None]
+Values = np.ndarray[Any, np.dtype[Any]]
+
+
+class ReadTensor(Protocol):
+    """Reads a model's tensors by their names in the transformers class."""
+
+    def __call__(self, name: str, part: int | None = None, /) -> Values | None:
+        """The tensor, or number `part` of its first axis; None where there is none."""
+
+    def shape(self, name: str, /) -> tuple[int, ...] | None:
+        """Its shape, None where there is none."""
 
 
 def fingerprint(architecture: Architecture, sites: Iterable[Site], read: ReadTensor) -> str:
@@ -34,41 +45,56 @@ def fingerprint(architecture: Architecture, sites: Iterable[Site], read: ReadTen
     Args:
         architecture: row of the base model.
         sites: the steered sites.
-        read: gives a tensor by module name, None where the model has none.
+        read: gives the model's tensors.
 
     Raises:
         ModelError: a projection weight is missing.
+        SiteError: a layer has no such site.
     """
     digest = hashlib.sha256()
-    for module in sorted({architecture.projection(site) for site in sites}):
-        weight = read(f"{module}.weight")
-        if weight is None:
+    for carrier in _behind(architecture, sites, read):
+        shape = read.shape(carrier.name)
+        if shape is None:
             raise ModelError(
-                f"{module}.weight: not in the model; is it a {architecture.model_type} model "
+                f"{carrier.name}: not in the model; is it a {architecture.model_type} model "
                 "with that many layers?"
             )
-        _update(digest, f"{module}.weight", weight)
-        bias = read(f"{module}.bias")
-        if bias is not None:
-            _update(digest, f"{module}.bias", bias)
+        shape = shape if carrier.part is None else shape[1:]
+        digest.update(f"{carrier.module}.{carrier.kind}{shape}".encode())
+        for values in _blocks(read, carrier.name, carrier.part):
+            rounded = np.ascontiguousarray(values.astype(ml_dtypes.bfloat16, copy=False))
+            digest.update(rounded.view(np.uint16).data)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _behind(
+    architecture: Architecture, sites: Iterable[Site], read: ReadTensor
+) -> list[Carrier]:
+    """Each projection behind `sites` once, by name, its weight before its bias."""
+    found: dict[tuple[str, bool], Carrier] = {}
+    for site in sites:
+        carriers = projections_of(architecture, site, read.shape)
+        if isinstance(carriers, Refusal):
+            raise SiteError(str(carriers))
+        found |= {(carrier.module, carrier.kind == "bias"): carrier for carrier in carriers}
+    return [found[key] for key in sorted(found)]
 
 
 def ends_fingerprint(model: PreTrainedModel, components: Iterable[Component]) -> str:
     """Digest over the first and last layer: tells base models apart at little cost."""
-    last = model.config.num_hidden_layers - 1
+    last = text_config(model).num_hidden_layers - 1
     sites = {Site(layer, component) for layer in (0, last) for component in components}
     return fingerprint(architecture_of(model.config.model_type), sites, module_reader(model))
 
 
 def checkpoint_reader(architecture: Architecture, checkpoint: Checkpoint) -> ReadTensor:
     """Read module tensors from a checkpoint on disk, with or without the model prefix."""
+    return _CheckpointReader(architecture, checkpoint)
 
-    def read(name: str) -> np.ndarray[Any, np.dtype[Any]] | None:
-        entry = checkpoint.find(architecture.disk_names(name))
-        return None if entry is None else entry.read()
 
-    return read
+def module_reader(model: torch.nn.Module) -> ReadTensor:
+    """Read module tensors from a live torch model, as float32."""
+    return _ModuleReader(model)
 
 
 def weights_stamp(
@@ -80,43 +106,77 @@ def weights_stamp(
     rest. None where nothing can be said: a weight is missing, not in memory, or was made in
     inference mode.
     """
+    behind = _behind(architecture, sites, module_reader(model))
     found = []
-    for module in sorted({architecture.projection(site) for site in sites}):
-        parameters = model.get_submodule(module)._parameters
-        tensors = [parameters.get(name) for name in ("weight", "bias")]
-        if tensors[0] is None:
+    for name in dict.fromkeys(carrier.name for carrier in behind):
+        tensor = _parameter(model, name)
+        if tensor is None or tensor.is_meta or tensor.is_inference():
             return None
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            if tensor.is_meta or tensor.is_inference():
-                return None
-            some = tensor.detach().flatten()[:: max(1, tensor.numel() // _STAMPED)]
-            found.append((id(tensor), tensor._version, float(some.double().sum())))
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // _STAMPED)]
+        found.append((id(tensor), tensor._version, float(some.double().sum())))
     return tuple(found)
 
 
-def module_reader(model: torch.nn.Module) -> ReadTensor:
-    """Read module tensors from a live torch model."""
+def _blocks(read: ReadTensor, name: str, part: int | None) -> Iterator[Values]:
+    """A tensor that is there; from a file in blocks, for it may be large."""
+    if isinstance(read, _CheckpointReader):
+        yield from read.blocks(name, part)
+    elif (tensor := read(name, part)) is not None:
+        yield tensor
 
-    def read(name: str) -> np.ndarray[Any, np.dtype[Any]] | None:
-        try:
-            tensor = model.get_parameter(name)
-        except AttributeError:
+
+class _CheckpointReader:
+    def __init__(self, architecture: Architecture, checkpoint: Checkpoint) -> None:
+        self._architecture, self._checkpoint = architecture, checkpoint
+
+    def __call__(self, name: str, part: int | None = None, /) -> Values | None:
+        entry = self._checkpoint.find(self._architecture.disk_names(name))
+        return None if entry is None else entry.read(part)
+
+    def shape(self, name: str, /) -> tuple[int, ...] | None:
+        entry = self._checkpoint.find(self._architecture.disk_names(name))
+        return None if entry is None else entry.shape
+
+    def blocks(self, name: str, part: int | None) -> Iterator[Values]:
+        entry = self._checkpoint.find(self._architecture.disk_names(name))
+        if entry is None:
+            return
+        entry = entry if part is None else entry.part(part)
+        with entry.file.open("rb", buffering=0) as stream:
+            for _, rows in read_rows(entry, stream):
+                yield rows
+
+
+class _ModuleReader:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, name: str, part: int | None = None, /) -> Values | None:
+        tensor = _parameter(self._model, name)
+        if tensor is None:
             return None
         if not tensor.is_meta:
-            return tensor.detach().float().cpu().numpy()
+            return _values(tensor, part)
         # Offloaded: accelerate brings the values back for as long as the context lasts.
         from accelerate.utils import align_module_device
 
         module, _, own = name.rpartition(".")
-        with align_module_device(owner := model.get_submodule(module)):
-            return owner.get_parameter(own).detach().float().cpu().numpy()
+        with align_module_device(owner := self._model.get_submodule(module)):
+            return _values(owner.get_parameter(own), part)
 
-    return read
+    def shape(self, name: str, /) -> tuple[int, ...] | None:
+        tensor = _parameter(self._model, name)
+        return None if tensor is None else tuple(tensor.shape)
 
 
-def _update(digest: hashlib._Hash, name: str, tensor: np.ndarray[Any, np.dtype[Any]]) -> None:
-    digest.update(f"{name}{tuple(tensor.shape)}".encode())
-    rounded = np.ascontiguousarray(tensor.astype(ml_dtypes.bfloat16, copy=False))
-    digest.update(rounded.view(np.uint16).data)
+def _values(tensor: torch.Tensor, part: int | None) -> Values:
+    wanted = tensor if part is None else tensor[part]
+    values: Values = wanted.detach().float().cpu().numpy()
+    return values
+
+
+def _parameter(model: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None

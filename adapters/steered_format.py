@@ -78,7 +78,9 @@ def steering_tensors(
         adapter: what to steer.
         bare: the checkpoint's names lack the prefix of the decoder.
     """
-    prefix = "austeer" if bare else f"{adapter.architecture.prefix}.austeer"
+    # In the outermost module, also of a vision-language model.
+    outer = adapter.architecture.prefix.partition(".")[0]
+    prefix = "austeer" if bare else f"{outer}.austeer"
     return {f"{prefix}.{name}": tensor for name, tensor in adapter.tensors().items()}
 
 

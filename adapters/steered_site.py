@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from austeer.adapters._errors import AdapterError, ModelError, SiteError
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.fingerprint import ReadTensor
+from austeer.adapters.mixtures import carriers
 from austeer.adapters.predictor import Predictor
-from austeer.adapters.sites import Site
+from austeer.adapters.sites import Refusal, Site
 from austeer.adapters.tensors import read_header
 
 _PREDICTOR_PARTS = ("V", "b", "U")
@@ -115,12 +116,38 @@ def check_sites(
     for steered in sites:
         site = steered.site
         check_layer(site, num_layers)
-        weight = read(f"{architecture.projection(site)}.weight")
-        if weight is None:
-            raise SiteError(
-                f"{site}: {architecture.projection(site)}.weight is not in the model"
-            )
-        steered.check_width(weight.shape[architecture.width_axis(site.component)])
+        steered.check_width(site_width(site, architecture, read))
+
+
+def touched_tensors(
+    sites: Sequence[SteeredSite], architecture: Architecture, read: ReadTensor
+) -> Iterator[tuple[str, int, Int[np.ndarray, " k"]]]:
+    """Name, axis of units and steered units of each tensor that carries a gain of `sites`.
+
+    Raises:
+        SiteError: a site that the model does not have.
+    """
+    for steered in sites:
+        found = carriers(architecture, steered.site, read.shape)
+        if isinstance(found, Refusal):
+            raise SiteError(str(found))
+        for name, axis in dict.fromkeys((c.name, c.stored_axis) for c in found):
+            yield name, axis, steered.index
+
+
+def site_width(site: Site, architecture: Architecture, read: ReadTensor) -> int:
+    """Number of units of `site` in a base model.
+
+    Raises:
+        SiteError: the model has no such site.
+    """
+    found = carriers(architecture, site, read.shape)
+    if isinstance(found, Refusal):
+        raise SiteError(str(found))
+    shape = read.shape(found[0].name)
+    if shape is None:
+        raise SiteError(f"{site}: {found[0].name} is not in the model")
+    return shape[found[0].stored_axis]
 
 
 def site_tensors(sites: Sequence[SteeredSite]) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:

@@ -6,6 +6,7 @@ Format: 8 bytes little-endian header length N, N bytes of JSON, then the tensors
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -74,16 +75,24 @@ class TensorEntry:
             )
         return DTYPES[self.dtype]
 
-    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The tensor, copied into memory.
+    def read(self, part: int | None = None) -> np.ndarray[Any, np.dtype[Any]]:
+        """The tensor, or number `part` of its first axis alone, copied into memory.
 
         Raises:
             ModelError: a dtype without an equivalent, or a file that became shorter.
             OSError: it cannot be read.
         """
+        if part is not None:
+            return self.part(part).read()
         dtype = self.numpy_dtype
         with self.file.open("rb", buffering=0) as stream:
             return _read_bytes(stream, self, 0, self.size).view(dtype).reshape(self.shape)
+
+    def part(self, number: int) -> TensorEntry:
+        """Number `number` of the first axis as a tensor of its own."""
+        size = self.size // self.shape[0]
+        start = self.start + number * size
+        return dataclasses.replace(self, start=start, size=size, shape=self.shape[1:])
 
 
 class Checkpoint(Mapping[str, TensorEntry]):

@@ -8,6 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from austeer.adapters._errors import FitError, PairsError
+from austeer.adapters.architectures import text_config
 from austeer.adapters.pairs import ContrastivePair, render_pairs
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def token_limit(model: PreTrainedModel) -> int:
 def context_length(model: PreTrainedModel) -> int | None:
     """Positions that the model has; None where its config names no limit."""
     for name in _CONTEXT_KEYS:
-        found = getattr(model.config, name, None)
+        found = getattr(text_config(model), name, None)
         if found:
             return int(found)
     return None

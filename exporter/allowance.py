@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.sites import Component
+from austeer.adapters.fingerprint import checkpoint_reader, module_reader
+from austeer.adapters.steered_site import touched_tensors
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.reference import Prompt, steered_logits
 
@@ -33,7 +34,8 @@ def fold_rounding(folder: Path, model: Any, adapter: SteeringAdapter) -> tuple[f
     one, both sides round once more.
     """
     checkpoint = Checkpoint(folder)
-    names = {f"{adapter.architecture.projection(s.site)}.weight" for s in adapter.sites}
+    read = checkpoint_reader(adapter.architecture, checkpoint)
+    names = {name for name, _, _ in touched_tensors(adapter.sites, adapter.architecture, read)}
     entries = [checkpoint.find(adapter.architecture.disk_names(name)) for name in names]
     stored = [ml_dtypes.finfo(entry.numpy_dtype) for entry in entries if entry is not None]
     unit = max((float(facts.eps) / 2 for facts in stored), default=0.0)
@@ -89,10 +91,8 @@ def _perturbed(
 
 
 def _touched(model: Any, adapter: SteeringAdapter) -> Iterator[tuple[Tensor, int, Tensor]]:
-    architecture = adapter.architecture
-    for steered in adapter.sites:
-        module = model.get_submodule(architecture.projection(steered.site))
-        index = torch.from_numpy(steered.index).to(module.weight.device)
-        yield module.weight, architecture.width_axis(steered.site.component), index
-        if steered.site.component is Component.FFN and module.bias is not None:
-            yield module.bias, 0, index
+    for name, axis, index in touched_tensors(
+        adapter.sites, adapter.architecture, module_reader(model)
+    ):
+        parameter = model.get_parameter(name)
+        yield parameter, axis, torch.from_numpy(index).to(parameter.device)

@@ -18,6 +18,7 @@ from austeer.adapters._json import is_writable
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import skips_projections
 from austeer.adapters.card import model_card
+from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.steered_format import (
     CODE_NAME,
     STEERING_NAME,
@@ -25,6 +26,7 @@ from austeer.adapters.steered_format import (
     steered_config,
     steering_tensors,
 )
+from austeer.adapters.steered_site import touched_tensors
 from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, Tensors, write_tensors
 from austeer.exporter.checkpoint import copy_checkpoint
 from austeer.exporter.code_check import verify_code_structure
@@ -126,8 +128,11 @@ def _refuse(
 
 def _is_bare(checkpoint: Checkpoint, adapter: SteeringAdapter) -> bool:
     """Whether the stored names lack the decoder's prefix; then all names must."""
-    module = adapter.architecture.projection(adapter.sites[0].site)
-    return f"{module}.weight" not in checkpoint
+    read = checkpoint_reader(adapter.architecture, checkpoint)
+    name, _, _ = next(touched_tensors(adapter.sites, adapter.architecture, read))
+    row = adapter.architecture
+    entry = checkpoint.find(row.disk_names(name))
+    return entry is not None and entry.name == name.removeprefix(f"{row.prefix}.")
 
 
 def _write_index(checkpoint: Checkpoint, steering: Tensors, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from austeer.adapters._errors import ModelError, VerificationError
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import text_config
 from austeer.adapters.fingerprint import module_reader
 from austeer.exporter.code_check import private_code_cache
 from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
@@ -55,7 +56,7 @@ def verify_code(
             to compare on.
         AdapterError: `model` is not the adapter's base (unless `force`).
     """
-    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
+    adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
     encoded = encode_prompts(tokenizer, prompts, context_length(model) - _GREEDY_TOKENS)
     _check_tokenizer(folder, tokenizer, prompts, trust_remote_code)
     with private_code_cache():

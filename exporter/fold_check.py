@@ -20,8 +20,9 @@ from jaxtyping import Float
 from austeer.adapters._errors import ModelError, VerificationError
 from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.sites import Component
-from austeer.adapters.steered_site import SteeredSite
+from austeer.adapters.steered_site import SteeredSite, touched_tensors
 from austeer.adapters.tensors import Checkpoint, TensorEntry, read_rows
 from austeer.exporter._threads import run_in_threads
 from austeer.exporter.fold import round_once
@@ -113,19 +114,14 @@ def _gains(
 ) -> Iterator[tuple[str, dict[int, Gain]]]:
     """Per touched tensor the full gain vector of each axis."""
     found: dict[str, dict[int, Array]] = {}
+    read = checkpoint_reader(adapter.architecture, checkpoint)
     for steered in adapter.sites:
-        module = adapter.architecture.projection(steered.site)
-        axis = adapter.architecture.width_axis(steered.site.component)
-        targets = [(f"{module}.weight", axis)]
-        if steered.site.component is Component.FFN:
-            targets.append((f"{module}.bias", 0))
-        for name, along in targets:
+        for name, along, _ in touched_tensors([steered], adapter.architecture, read):
             entry = checkpoint.find(adapter.architecture.disk_names(name))
-            if entry is not None:
-                gain = dense_gain(steered, entry.shape[along], scale)
-                found.setdefault(entry.name, {})[along] = gain
-            elif not name.endswith(".bias"):
+            if entry is None:
                 raise VerificationError(f"{checkpoint.root}: {name} is not in the checkpoint")
+            gain = dense_gain(steered, entry.shape[along], scale)
+            found.setdefault(entry.name, {})[along] = gain
     yield from found.items()
 
 

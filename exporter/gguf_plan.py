@@ -10,7 +10,7 @@ import numpy as np
 
 from austeer.adapters._errors import AdapterError
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.fingerprint import ReadTensor, fingerprint
+from austeer.adapters.fingerprint import fingerprint
 from austeer.adapters.sites import Component, Refusal
 from austeer.adapters.steered_site import SteeredSite, check_layer
 from austeer.exporter.gguf_file import (
@@ -53,7 +53,7 @@ def check_gguf_base(file: GgufFile, adapter: SteeringAdapter, force: bool = Fals
     for steered in adapter.sites:
         check_layer(steered.site, file.layers)
     if not force and not _uncompared(file, adapter):
-        read = _module_reader(file, adapter)
+        read = _ModuleReader(file, adapter)
         found = fingerprint(adapter.architecture, [s.site for s in adapter.sites], read)
         if found != adapter.config.base_model_fingerprint:
             raise AdapterError(
@@ -139,20 +139,32 @@ def _uncompared(file: GgufFile, adapter: SteeringAdapter) -> list[SteeredSite]:
     ]
 
 
-def _module_reader(file: GgufFile, adapter: SteeringAdapter) -> ReadTensor:
-    """Read tensors by the module names, and in the layout, of the adapter's architecture."""
-    architecture = adapter.architecture
-    names = {
-        f"{architecture.projection(steered.site)}.{part}": tensor_name(steered.site, part)
-        for steered in adapter.sites
-        for part in ("weight", "bias")
-    }
+class _ModuleReader:
+    """Tensors by the module names, and in the layout, of the adapter's architecture."""
 
-    def read(name: str) -> Array | None:
-        tensor = file.tensors.get(names[name])
+    def __init__(self, file: GgufFile, adapter: SteeringAdapter) -> None:
+        self._file, self._transposed = file, adapter.architecture.transposed
+        self._names = {
+            f"{adapter.architecture.projection(steered.site)}.{kind}": tensor_name(
+                steered.site, kind
+            )
+            for steered in adapter.sites
+            for kind in ("weight", "bias")
+        }
+
+    def __call__(self, name: str, part: int | None = None, /) -> Array | None:
+        tensor = self._tensor(name)
         if tensor is None:
             return None
-        (values,) = tensor.fields(tensor.read(file.path))
-        return values.T if architecture.transposed else values
+        (values,) = tensor.fields(tensor.read(self._file.path))
+        values = values.T if self._transposed else values
+        return values if part is None else values[part]
 
-    return read
+    def shape(self, name: str, /) -> tuple[int, ...] | None:
+        tensor = self._tensor(name)
+        if tensor is None:
+            return None
+        return tensor.shape[::-1] if self._transposed else tensor.shape
+
+    def _tensor(self, name: str) -> GgufTensor | None:
+        return self._file.tensors.get(self._names.get(name, ""))

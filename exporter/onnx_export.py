@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from austeer.adapters._errors import RouteError
 from austeer.adapters._files import write_json
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.architectures import architecture_of
+from austeer.adapters.architectures import architecture_of, text_config
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import module_reader
 from austeer.adapters.tokens import context_length
@@ -80,7 +80,7 @@ def write_onnx(
         GraphError: a site cannot be found in the exported graph.
         OutputError: the files cannot be written.
     """
-    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
+    adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
     graph = export_graph(_runnable(model))
     graft_model(graph, adapter, scale, scale_as=ScaleAs(scale_as))
     path = folder / MODEL_NAME
@@ -119,7 +119,7 @@ def export_graph(model: PreTrainedModel) -> ir.Model:
         stack.enter_context(torch.no_grad())
         program = _trace(model)
     graph = program.model
-    tidy_causal_lm(graph, model.config.num_hidden_layers, _WRAPPED)
+    tidy_causal_lm(graph, text_config(model).num_hidden_layers, _WRAPPED)
     return graph
 
 
@@ -186,7 +186,8 @@ class _CachedDecoder(nn.Module):
         # A token always sees itself: an empty row is NaN where half precision overflows.
         real = (attention_mask > 0)[:, None, None, :] | (distance == 0)
         full = real & (distance >= 0)
-        window = getattr(config, "sliding_window", None)
+        # 0 is none, too.
+        window = getattr(config, "sliding_window", None) or None
         sliding = full if window is None else full & (distance < window)
         if masks == "by_layer_type":
             return {
@@ -211,6 +212,24 @@ def _check_exportable(model: PreTrainedModel) -> None:
         raise RouteError(
             "mpt: transformers 4 gives a graph with other logits; export it with transformers "
             "5, or fold into safetensors"
+        )
+    if text_config(model) is not model.config:
+        raise RouteError(
+            f"{model.config.model_type}: a vision-language model also reads images, for which "
+            "no graph is made here; fold into safetensors instead"
+        )
+    if (
+        transformers.__version__.startswith("4.")
+        and architecture_of(model.config.model_type).mixture
+    ):
+        raise RouteError(
+            f"{model.config.model_type}: in transformers 4 its experts are chosen by a loop "
+            "that no graph can hold; export it with transformers 5, or fold into safetensors"
+        )
+    if model.config.model_type == "llama4_text":
+        raise RouteError(
+            "llama4_text: its rotary embedding is computed in complex numbers, which ONNX does "
+            "not have; fold into safetensors instead"
         )
     parameters = getattr(model.config, "rope_parameters", None) or getattr(
         model.config, "rope_scaling", None
@@ -255,15 +274,15 @@ def _example(model: PreTrainedModel) -> tuple[tuple[Tensor, ...], tuple[Any, ...
     """Example arguments and their dynamic axes; every dynamic length is distinct and > 1."""
     batch, fresh, past = 2, 3, 4
     device = model.device
-    heads, size, dtype = _cache_layout(model)
-    count = 2 * model.config.num_hidden_layers
+    heads, sizes, dtype = _cache_layout(model)
+    count = 2 * text_config(model).num_hidden_layers
     arguments = (
         torch.ones(batch, fresh, dtype=torch.long, device=device),
         torch.ones(batch, past + fresh, dtype=torch.long, device=device),
         torch.arange(past, past + fresh, device=device).repeat(batch, 1),
         *(
-            torch.zeros(batch, heads, past, size, dtype=dtype, device=device)
-            for _ in range(count)
+            torch.zeros(batch, heads, past, sizes[number % 2], dtype=dtype, device=device)
+            for number in range(count)
         ),
     )
     b = torch.export.Dim("batch")
@@ -273,25 +292,31 @@ def _example(model: PreTrainedModel) -> tuple[tuple[Tensor, ...], tuple[Any, ...
     return arguments, shapes
 
 
-def _cache_layout(model: PreTrainedModel) -> tuple[int, int, torch.dtype]:
-    """Key-value heads, head size and dtype of the cache, read off a one-token run."""
+def _cache_layout(model: PreTrainedModel) -> tuple[int, tuple[int, int], torch.dtype]:
+    """Key-value heads, sizes of keys and values, and dtype, read off a one-token run."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    key = model(input_ids=ids, use_cache=True).past_key_values.layers[0].keys
-    return key.shape[1], key.shape[3], key.dtype
+    cache = model(input_ids=ids, use_cache=True).past_key_values.layers[0]
+    return cache.keys.shape[1], (cache.keys.shape[3], cache.values.shape[3]), cache.keys.dtype
 
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and an attention that can be traced; both as before on exit."""
+    """Evaluation mode, attention and experts that can be traced; all as before on exit."""
     training = [module for module in model.modules() if module.training]
     attention = model.config._attn_implementation
+    experts = getattr(model.config, "_experts_implementation", None)
     model.eval()
     if attention not in ("eager", "sdpa"):
         model.config._attn_implementation = "eager"
+    if experts is not None:
+        # The others loop over the experts that were chosen: no constant graph.
+        model.config._experts_implementation = "batched_mm"
     try:
         yield
     finally:
         model.config._attn_implementation = attention
+        if experts is not None:
+            model.config._experts_implementation = experts
         for module in training:
             module.training = True
 

@@ -22,7 +22,13 @@ from austeer.adapters.card import model_card
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.tensors import Checkpoint, Tensors, write_tensors
 from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
-from austeer.exporter.peft_plan import PeftPlan, ia3_vector, lora_factors, plan_peft
+from austeer.exporter.peft_plan import (
+    MIXTURE_REFUSAL,
+    PeftPlan,
+    ia3_vector,
+    lora_factors,
+    plan_peft,
+)
 from austeer.exporter.plan import describe_refusals
 from austeer.exporter.routes import Route
 
@@ -143,18 +149,22 @@ def write_peft(
     return PeftSummary(folder, files, route, tuple(plan.modules), units, rank, scale)
 
 
-def check_lora_base(base: Path, components: Iterable[Component]) -> None:
-    """Refuse, before anything is fitted, components that no LoRA of this base can hold.
+def check_peft_base(base: Path, route: Route, components: Iterable[Component]) -> None:
+    """Refuse, before anything is fitted, components that no LoRA or IA3 of this base can hold.
 
     Raises:
-        RouteError: `ffn` where the MLP's last projection has a bias.
+        RouteError: `ffn` of a mixture of experts; on route lora also where the MLP's last
+            projection has a bias.
         ModelError: `base` is malformed.
     """
-    if Component.FFN not in components:
+    if not route.is_peft or Component.FFN not in components:
         return
     architecture = architecture_of(read_model_config(base).get("model_type"))
+    if architecture.mixture is not None:
+        raise RouteError(f"route {route}: component ffn: {MIXTURE_REFUSAL}")
     bias = f"{architecture.projection(Site(0, Component.FFN))}.bias"
-    if Checkpoint(base).find(architecture.disk_names(bias)) is not None:
+    known = Checkpoint(base).find(architecture.disk_names(bias)) is not None
+    if route is Route.LORA and known:
         raise RouteError(
             f"route lora: component ffn: {bias} must be scaled with the output, which a LoRA "
             "cannot; leave ffn out, or take route ia3 or safetensors"

@@ -12,8 +12,10 @@ import torch
 
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.fingerprint import module_reader
+from austeer.adapters.architectures import text_config
+from austeer.adapters.fingerprint import checkpoint_reader, module_reader
 from austeer.adapters.loading import load_model
+from austeer.adapters.steered_site import touched_tensors
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
 from austeer.exporter.reference import (
@@ -55,7 +57,7 @@ def verify_peft(
         VerificationError: the product does not load, or there is nothing to compare on.
         AdapterError: `model` is not the adapter's base (unless `force`).
     """
-    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
+    adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
     encoded = encode_prompts(tokenizer, prompts, context_length(model))
     if base is None or _has_dtype_of(base, model, adapter):
         truth = float32_truth(model)
@@ -82,9 +84,10 @@ def _has_dtype_of(base: Path, model: Any, adapter: SteeringAdapter) -> bool:
     """Whether the live weights are those of the files, whatever float32 made of them."""
     if model.dtype in (torch.float32, torch.float64):
         return True
-    architecture = adapter.architecture
-    name = f"{architecture.projection(adapter.sites[0].site)}.weight"
-    entry = Checkpoint(base).find(architecture.disk_names(name))
+    checkpoint = Checkpoint(base)
+    read = checkpoint_reader(adapter.architecture, checkpoint)
+    name, _, _ = next(touched_tensors(adapter.sites, adapter.architecture, read))
+    entry = checkpoint.find(adapter.architecture.disk_names(name))
     return entry is None or f"torch.{entry.numpy_dtype.name}" == str(model.dtype)
 
 

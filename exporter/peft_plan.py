@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,17 @@ from jaxtyping import Float
 from austeer.adapters._errors import RouteError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import Architecture
+from austeer.adapters.mixtures import stored_experts
 from austeer.adapters.sites import Component, Refusal
 from austeer.adapters.tensors import TensorEntry
 from austeer.exporter.fold import round_once
-from austeer.exporter.plan import FoldPlan, TensorEdit, plan_fold
+from austeer.exporter.plan import FoldPlan, TensorEdit, plan_fold, stored_shape
 from austeer.exporter.routes import Route
+
+MIXTURE_REFUSAL = (
+    "its experts are parts of larger parameters, not modules that peft can extend; leave ffn "
+    "out, or take route safetensors, or merge --code"
+)
 
 Factor = Float[np.ndarray, "rows columns"]
 
@@ -81,6 +88,9 @@ def plan_peft(
     Returns:
         The plan, or every reason against it.
     """
+    mixed = tuple(_mixture_refusals(adapter, tensors, route))
+    if mixed:
+        return mixed
     plan = plan_fold(adapter, tensors, scale=scale)
     if not isinstance(plan, FoldPlan):
         return plan
@@ -162,6 +172,25 @@ def _by_module(architecture: Architecture, plan: FoldPlan) -> Iterator[ModuleGai
             found |= {side: edit, "weight": edit.name}
     for module, found in grouped.items():
         yield ModuleGains(module, **found)
+
+
+def _mixture_refusals(
+    adapter: SteeringAdapter, tensors: Mapping[str, TensorEntry], route: Route
+) -> Iterator[Refusal]:
+    row = adapter.architecture
+    if row.mixture is None:
+        return
+    shape = partial(stored_shape, row, tensors)
+    for steered in adapter.sites:
+        site = steered.site
+        if site.component is Component.FFN and stored_experts(row, site.layer, shape):
+            yield Refusal(site, MIXTURE_REFUSAL)
+        elif site.component is not Component.ATTENTION and route is Route.LORA:
+            yield Refusal(
+                site,
+                f"peft takes a LoRA of a {row.model_type} model's {row.mlp} for one of all its "
+                "experts, too; take route ia3 or safetensors",
+            )
 
 
 def _lora_refusal(gains: ModuleGains) -> Refusal | None:

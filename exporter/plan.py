@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import Architecture
-from austeer.adapters.sites import Component, Refusal, Site
+from austeer.adapters.mixtures import carriers
+from austeer.adapters.sites import Refusal, Site
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.tensors import TensorEntry
 
 FOLDABLE_DTYPES = ("F64", "F32", "F16", "BF16")
+_AXES = {1: "one axis", 2: "two axes", 3: "three axes"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,25 +139,37 @@ def _site_edits(
     scale: float,
 ) -> list[TensorEdit] | Refusal:
     site = steered.site
-    module = architecture.projection(site)
-    found = _find(architecture, f"{module}.weight", tensors, shared)
-    if isinstance(found, str):
-        return Refusal(site, found)
-    axis = architecture.width_axis(site.component)
-    if len(found.shape) != 2 or found.shape[axis] <= steered.index.max():
-        return Refusal(
-            site,
-            f"{found.name} has shape {found.shape}, expected two axes and more than "
-            f"{steered.index.max()} units along axis {axis}; is it the adapter's base model?",
-        )
+    targets = carriers(architecture, site, partial(stored_shape, architecture, tensors))
+    if isinstance(targets, Refusal):
+        return targets
     gain = 1.0 + float(scale) * steered.gamma.astype(np.float64)
-    edits = [TensorEdit(found.name, axis, steered.index, gain, (site,))]
-    if site.component is Component.FFN and _names(architecture, f"{module}.bias", tensors):
-        bias = _find(architecture, f"{module}.bias", tensors, shared)
-        if isinstance(bias, str):
-            return Refusal(site, bias)
-        edits.append(TensorEdit(bias.name, 0, steered.index, gain, (site,)))
-    return edits
+    edits: dict[str, TensorEdit] = {}
+    for target in targets:
+        # All experts in one tensor are one edit.
+        if target.name in edits:
+            continue
+        found = _find(architecture, target.name, tensors, shared)
+        if isinstance(found, str):
+            return Refusal(site, found)
+        axis = target.stored_axis
+        axes = (axis - target.axis) + (1 if target.kind == "bias" else 2)
+        if len(found.shape) != axes or found.shape[axis] <= steered.index.max():
+            return Refusal(
+                site,
+                f"{found.name} has shape {found.shape}, expected {_AXES[axes]} and more than "
+                f"{steered.index.max()} units along axis {axis}; is it the adapter's base "
+                "model?",
+            )
+        edits[target.name] = TensorEdit(found.name, axis, steered.index, gain, (site,))
+    return list(edits.values())
+
+
+def stored_shape(
+    architecture: Architecture, tensors: Mapping[str, TensorEntry], name: str
+) -> tuple[int, ...] | None:
+    """Shape of the module tensor `name` in a checkpoint, None where it is not stored."""
+    names = _names(architecture, name, tensors)
+    return tensors[names[0]].shape if names else None
 
 
 def _names(

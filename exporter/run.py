@@ -16,6 +16,7 @@ from austeer.adapters._errors import NoEffectError
 from austeer.adapters._files import publish_directory
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import architecture_of
 from austeer.adapters.fingerprint import checkpoint_reader, fingerprint
 from austeer.adapters.fitting.fit import fit_strength
 from austeer.adapters.localization.distributed import launched
@@ -24,10 +25,9 @@ from austeer.adapters.measurement.measure import make_splits
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.describe import beta_ranges
-from austeer.exporter.peft_export import check_lora_base
+from austeer.exporter.peft_export import check_peft_base
 from austeer.exporter.products import load_base, make_product, verification_prompts
 from austeer.exporter.report import build_report, write_report
-from austeer.exporter.routes import Route
 from austeer.exporter.samples import before_and_after
 from austeer.exporter.settings import Handling, RunOptions
 from austeer.exporter.stages import load_ranking, read_texts
@@ -98,12 +98,16 @@ class _Job:
         # Cheap and often wrong, so before the model.
         self._pairs = read_pairs(options.pairs)
         self._test = read_pairs(options.test_pairs) if options.test_pairs else None
-        self._ranking = load_ranking(options.ranking, options.candidates)
         self._texts = read_texts(options.neutral_text)
         with self._stage("load"):
             self._base = load_base(options.base)
-        if Route.LORA in options.routes:
-            check_lora_base(self._base.folder, options.candidates)
+        row = architecture_of(self._base.model.config.model_type)
+        there = {*options.components, *row.components}
+        taken = tuple(component for component in options.candidates if component in there)
+        self._options = options = dataclasses.replace(options, components=taken)
+        self._ranking = load_ranking(options.ranking, options.candidates)
+        for route in options.routes:
+            check_peft_base(self._base.folder, route, options.candidates)
         self._pairs = render_pairs(self._pairs, self._base.tokenizer)
         self._test = render_pairs(self._test, self._base.tokenizer) if self._test else None
 

@@ -47,7 +47,7 @@ def localize_job(
         base_options: the model.
         pairs_file: pairs file or Hub dataset.
         out: new file.
-        components: components to score; empty for all four.
+        components: components to score; empty for all that the model has.
         batch_size: most pairs per forward pass, None for what memory allows.
         compat: "reference" to round as the paper's code does.
         restart: discard the state of an earlier run.
@@ -74,7 +74,7 @@ def localize_job(
             base.model,
             base.tokenizer,
             render_pairs(pairs, base.tokenizer),
-            components=tuple(map(Component, components)) or tuple(Component),
+            components=tuple(map(Component, components)) or None,
             batch_size=batch_size,
             compat=compat,
             state=state,

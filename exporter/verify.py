@@ -19,6 +19,7 @@ import torch
 
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import text_config
 from austeer.adapters.fingerprint import module_reader
 from austeer.exporter.allowance import SAFETY, fold_rounding, rounding_allowance
 from austeer.exporter.fold_check import verify_fold_structure
@@ -62,7 +63,7 @@ def verify_checkpoint(
         VerificationError: the product does not load, or there is nothing to compare on.
         AdapterError: `model` is not the adapter's base (unless `force`).
     """
-    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
+    adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
     encoded = encode_prompts(tokenizer, prompts, context_length(model))
     product = reload_product("safetensors", folder, model, trust_remote_code)
     truth = float32_truth(model)
@@ -108,7 +109,7 @@ def verify_onnx(
     from austeer.graphs import OnnxCausalLM
     from austeer.graphs.runtime import model_file
 
-    adapter.check_base(module_reader(model), model.config.num_hidden_layers, force)
+    adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
     encoded = encode_prompts(tokenizer, prompts, context_length(model) - greedy_tokens)
     runner = OnnxCausalLM(model_file(folder))
     if runner.adjustable:

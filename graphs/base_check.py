@@ -14,8 +14,9 @@ from austeer.adapters._errors import AdapterError, GraphError, ModelError
 from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import ARCHITECTURES
-from austeer.adapters.fingerprint import ReadTensor, fingerprint
+from austeer.adapters.fingerprint import fingerprint
 from austeer.adapters.sites import Refusal, Site
+from austeer.adapters.steered_site import touched_tensors
 from austeer.graphs.locating.locate import SiteLocator
 from austeer.graphs.locating.projections import stored_weight
 from austeer.graphs.model_io import tensor_values
@@ -54,7 +55,7 @@ def check_base(
         AdapterError: another architecture, or other weights (unless `force`).
     """
     _check_model_type(folder, adapter)
-    read = _graph_reader(model.graph, adapter)
+    read = _GraphReader(model.graph, adapter)
     sites = [steered.site for steered in adapter.sites]
     try:
         found = fingerprint(adapter.architecture, sites, read)
@@ -63,10 +64,9 @@ def check_base(
     wanted = adapter.config.base_model_fingerprint
     if found == wanted:
         return BaseWeights.EQUAL
-    exact = all(
-        weight is not None and weight.dtype in _EXACT
-        for weight in (read(f"{adapter.architecture.projection(s)}.weight") for s in sites)
-    )
+    touched = touched_tensors(adapter.sites, adapter.architecture, read)
+    weights = (read(name) for name, _, _ in touched)
+    exact = all(weight is not None and weight.dtype in _EXACT for weight in weights)
     if exact and not force:
         raise AdapterError(
             "adapter for another base model: made for "
@@ -93,19 +93,31 @@ def _check_model_type(folder: Path, adapter: SteeringAdapter) -> None:
             )
 
 
-def _graph_reader(graph: ir.Graph, adapter: SteeringAdapter) -> ReadTensor:
-    architecture = adapter.architecture
-    locator = SiteLocator(graph, architecture)
-    sites: dict[str, Site] = {architecture.projection(s.site): s.site for s in adapter.sites}
+class _GraphReader:
+    """As `ReadTensor`, of the projections of an adapter's sites in a graph."""
 
-    def read(name: str) -> np.ndarray[Any, np.dtype[Any]] | None:
-        module, _, part = name.rpartition(".")
-        site = sites[module]
-        if part == "bias":
-            bias = locator.bias(site)
+    def __init__(self, graph: ir.Graph, adapter: SteeringAdapter) -> None:
+        self._architecture = adapter.architecture
+        self._locator = SiteLocator(graph, adapter.architecture)
+        self._sites: dict[str, Site] = {
+            adapter.architecture.projection(s.site): s.site for s in adapter.sites
+        }
+
+    def __call__(
+        self, name: str, part: int | None = None, /
+    ) -> np.ndarray[Any, np.dtype[Any]] | None:
+        module, _, kind = name.rpartition(".")
+        site = self._sites.get(module)
+        # The experts of a mixture have no names in a graph.
+        if site is None or part is not None:
+            return None
+        if kind == "bias":
+            bias = self._locator.bias(site)
             return None if bias is None else tensor_values(bias)
-        projection = locator.projection(site)
+        projection = self._locator.projection(site)
         weight = None if isinstance(projection, Refusal) else stored_weight(projection.node)
-        return weight if weight is None or architecture.transposed else weight.T
+        return weight if weight is None or self._architecture.transposed else weight.T
 
-    return read
+    def shape(self, name: str, /) -> tuple[int, ...] | None:
+        tensor = self(name)
+        return None if tensor is None else tensor.shape

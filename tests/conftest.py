@@ -25,6 +25,7 @@ MODEL_TYPES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox"),
     *("gemma3_text", "olmo2", "cohere", "granite", "starcoder2", "stablelm", "smollm3"),
     *("phi", "falcon", "opt", "bloom", "gptj", "gpt_neo", "mpt"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "gemma3"),
 )
 WORDS = (
     *("the", "a", "one", "day", "Tom", "Mia", "felt", "was", "went", "to", "park", "home"),
@@ -73,6 +74,76 @@ def tiny_tokenizer() -> Any:
     )
 
 
+_DECODER = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+}
+_CHOICE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Mixtures of four experts; of three model types the first layer is dense.
+_MIXTURE_SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": _DECODER | {"num_local_experts": 4},
+    "qwen2_moe": _DECODER
+    | _CHOICE
+    | {"num_experts": 4, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+    "qwen3_moe": _DECODER | _CHOICE | {"num_experts": 4, "head_dim": 12},
+    "deepseek_v3": _DECODER
+    | _CHOICE
+    | {
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+    },
+    "gpt_oss": _DECODER
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 12,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4,
+            "truncate": False,
+        },
+    },
+    "llama4_text": _DECODER
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 56,
+        "interleave_moe_layer_step": 2,
+        "head_dim": 12,
+    },
+}
+MIXTURES = tuple(_MIXTURE_SIZES)
+
+# What a vision-language model has beside its text decoder; an image is four tokens.
+_VISION = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": 36,
+    "eoi_token_index": 37,
+    "image_token_index": 38,
+}
+
 # Configs with names of their own, or whose models lack a size of the others.
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
@@ -109,6 +180,7 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 16,
     },
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    **_MIXTURE_SIZES,
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
 }
 
@@ -118,6 +190,9 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if model_type == "gemma3":
+        text = tiny_config("gemma3_text", **changes).to_dict()
+        return AutoConfig.for_model(model_type, text_config=text, **_VISION, **special)
     common = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
     sizes = _OWN_SIZES.get(
         model_type,

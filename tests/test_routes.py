@@ -7,8 +7,9 @@ out, too: nothing of ours takes part in it.
 from __future__ import annotations
 
 import copy
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from reference import TRANSFORMERS_4
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from austeer.adapters import RouteError, SteeringAdapter
+from austeer.adapters import RouteError, SiteError, SteeringAdapter
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.code_export import export_code
 from austeer.exporter.merge import merge_checkpoint
@@ -42,6 +43,10 @@ PATHS = {
         "gpt_neox.layers.{i}.attention.dense",
         "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
     ),
+    "gemma3": (
+        "model.language_model.layers.{i}.self_attn.o_proj",
+        "model.language_model.layers.{i}.mlp.down_proj",
+    ),
     "gemma3_text": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
     "olmo2": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
     "cohere": ("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj"),
@@ -63,6 +68,23 @@ PATHS = {
     ),
     "mpt": ("transformer.blocks.{i}.attn.out_proj", "transformer.blocks.{i}.ffn.down_proj"),
 }
+# Mixtures of experts: the block of layer {i}, and the layers that are dense.
+_MIXTRAL = "block_sparse_moe" if TRANSFORMERS_4 else "mlp"
+MIXTURES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "mixtral": (f"model.layers.{{i}}.{_MIXTRAL}", ()),
+    "qwen2_moe": ("model.layers.{i}.mlp", (0,)),
+    "qwen3_moe": ("model.layers.{i}.mlp", ()),
+    "deepseek_v3": ("model.layers.{i}.mlp", (0,)),
+    "gpt_oss": ("model.layers.{i}.mlp", ()),
+    "llama4_text": ("model.layers.{i}.feed_forward", (0,)),
+}
+MIXTRAL_STORED = "model.layers.{i}.block_sparse_moe"
+PATHS |= {
+    name: ("model.layers.{i}.self_attn.o_proj", f"{block}.down_proj")
+    for name, (block, _) in MIXTURES.items()
+}
+# Whose experts are stored [expert, in, out].
+TRANSPOSED_EXPERTS = ("gpt_oss", "llama4_text")
 # Whose last projection of the MLP has a bias.
 BIASED = ("gpt2", "gpt_neox", "opt", "bloom", "gptj", "gpt_neo", "phi", "starcoder2")
 COMPONENTS = ("attention", "ffn", "neuron")
@@ -70,6 +92,24 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 LAYERS, UNITS, GAMMA = [0, 0, 0, 1, 1], [1, 5, 17, 2, 30], [1.5, -0.75, 2.0, -1.25, 0.8125]
 SCALE_OF_FLOAT32 = 20 * 2.0**-24  # a few roundings of the logits' own size
+
+
+def is_mixture(model_type: str, layer: int) -> bool:
+    return model_type in MIXTURES and layer not in MIXTURES[model_type][1]
+
+
+def places(model_type: str, component: str) -> list[tuple[int, int, float]]:
+    """(layer, unit, γ); a mixture has no neuron."""
+    return [
+        place
+        for place in zip(LAYERS, UNITS, GAMMA, strict=True)
+        if not (component == "neuron" and is_mixture(model_type, place[0]))
+    ]
+
+
+def made(model: Any, component: str) -> SteeringAdapter:
+    columns = zip(*places(model.config.model_type, component), strict=True)
+    return SteeringAdapter.from_units(model, component, *map(list, columns))
 
 
 def prompts() -> Tensor:
@@ -88,22 +128,28 @@ def logits_of(model: Any) -> Run:
 def truth_hooks(model: nn.Module, component: str) -> Iterator[None]:
     """x -> x * (1 + γ) at the units above, with torch alone."""
     handles = []
+    model_type = model.config.model_type
     for layer in (0, 1):
-        attention, mlp = (path.format(i=layer) for path in PATHS[model.config.model_type])
+        attention, mlp = (path.format(i=layer) for path in PATHS[model_type])
+        if component == "ffn" and is_mixture(model_type, layer):
+            mlp = MIXTURES[model_type][0].format(i=layer)
+        if component == "neuron" and is_mixture(model_type, layer):
+            continue
         module = model.get_submodule(attention if component == "attention" else mlp)
-        width = {p.shape for p in module.parameters()}
-        factor = torch.ones(max(max(shape) for shape in width))
-        for at, unit, gamma in zip(LAYERS, UNITS, GAMMA, strict=True):
+        factor = torch.ones(256)
+        for at, unit, gamma in places(model_type, component):
             if at == layer:
                 factor[unit] = 1 + gamma
 
-        def scale(x: Tensor, factor: Tensor = factor) -> Tensor:
+        def scale(x: Any, factor: Tensor = factor) -> Any:
+            if isinstance(x, tuple):
+                return (scale(x[0], factor), *x[1:])
             return x * factor[: x.shape[-1]]
 
         if component == "ffn":
             hook = module.register_forward_hook(lambda _, args, out, scale=scale: scale(out))
         else:
-            hook = module.register_forward_pre_hook(lambda _, args, scale=scale: scale(args[0]))
+            hook = module.register_forward_pre_hook(lambda _, args, scale=scale: scale(args))
         handles.append(hook)
     try:
         yield
@@ -126,7 +172,9 @@ def bases(
     def base(model_type: str, dtype: torch.dtype) -> tuple[Path, Any]:
         if (model_type, dtype) not in made:
             folder = tmp_path_factory.mktemp("bases") / model_type
-            tiny_model(model_type).to(dtype).save_pretrained(folder)
+            # With seed 0 one of its experts gets no token.
+            seed = 1 if model_type == "llama4_text" else 0
+            tiny_model(model_type, seed).to(dtype).save_pretrained(folder)
             tiny_tokenizer.save_pretrained(folder)
             live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             made[model_type, dtype] = folder, live
@@ -186,6 +234,10 @@ lora, ia3 = peft(Product.LORA), peft(Product.IA3)
 
 def refusal(route: Route, model_type: str, components: tuple[str, ...]) -> str | None:
     """What a route says that cannot take these components, None where it can."""
+    if route in (lora, ia3) and "ffn" in components and model_type in MIXTURES:
+        return "its experts are parts of larger parameters"
+    if route is lora and "neuron" in components and model_type in MIXTURES:
+        return "peft takes a LoRA of"
     if route is lora and "ffn" in components and model_type in BIASED:
         return "its projection adds a bias"
     if route is ia3 and {"ffn", "neuron"} <= set(components):
@@ -211,24 +263,77 @@ ROUTES_AND_DTYPES = [
 ]
 
 
+def experts_of(named: Iterable[tuple[str, Any]], block: str) -> Iterator[tuple[str, Any]]:
+    """What is last in each expert of a mixture, by whatever name it has."""
+    last = re.compile(r"(^|\.)(w2|down_proj)(\.weight|_bias)?$")
+    return ((name, x) for name, x in named if name.startswith(block) and last.search(name))
+
+
+def units_last(name: str, x: Any, model_type: str) -> Any:
+    """A view of what is last in an expert whose last axis counts the mixture's units."""
+    if name.endswith("_bias") or (x.ndim == 3 and model_type in TRANSPOSED_EXPERTS):
+        return x
+    return x.swapaxes(-1, -2)
+
+
+def parts_of(model: Any, component: str, layer: int) -> list[Tensor]:
+    """What a gain of this layer scales, as views whose last axis counts units."""
+    model_type = model.config.model_type
+    if component == "ffn" and is_mixture(model_type, layer):
+        found = experts_of(model.named_parameters(), MIXTURES[model_type][0].format(i=layer))
+        return [units_last(name, x, model_type) for name, x in found]
+    attention, mlp = (path.format(i=layer) for path in PATHS[model_type])
+    module = model.get_submodule(attention if component == "attention" else mlp)
+    along_rows = (component == "ffn") != (model_type == "gpt2")
+    parts = [module.weight.T if along_rows else module.weight]
+    if component == "ffn" and module.bias is not None:
+        parts.append(module.bias)
+    return parts
+
+
 def rounded(model: Any, component: str, dtype: torch.dtype) -> Any:
     """A copy with the gains in its weights, rounded once to `dtype`, with torch alone."""
     copied = copy.deepcopy(model).requires_grad_(False)
-    for layer, unit, gamma in zip(LAYERS, UNITS, GAMMA, strict=True):
-        attention, mlp = (path.format(i=layer) for path in PATHS[model.config.model_type])
-        module = copied.get_submodule(attention if component == "attention" else mlp)
-        along_rows = (component == "ffn") != (model.config.model_type == "gpt2")
-        parts = [module.weight[unit] if along_rows else module.weight[:, unit]]
-        if component == "ffn" and module.bias is not None:
-            parts.append(module.bias[unit])
-        for part in parts:
-            part.copy_((part.double() * (1 + gamma)).float().to(dtype))
+    for layer, unit, gamma in places(model.config.model_type, component):
+        for part in parts_of(copied, component, layer):
+            scaled = part[..., unit].double() * (1 + gamma)
+            part[..., unit] = scaled.float().to(dtype)
     return copied
 
 
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_the_prompts_reach_every_expert(bases: Any, model_type: str) -> None:
+    """A mistake in one expert would stay unseen where no token goes."""
+    model = copy.deepcopy(bases(model_type, torch.float32)[1]).requires_grad_(True)
+    model(prompts(), use_cache=False).logits.square().sum().backward()
+    block, dense = MIXTURES[model_type]
+    for layer in {0, 1} - {*dense}:
+        experts = dict(experts_of(model.named_parameters(), block.format(i=layer)))
+        assert experts
+        for name, x in experts.items():
+            each = x.grad if x.ndim == 3 or name.endswith("_bias") else x.grad[None]
+            assert each.flatten(1).abs().amax(1).gt(0).all(), name
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_neuron_of_a_mixture_is_refused(bases: Any, model_type: str) -> None:
+    _, model = bases(model_type, torch.float32)
+    layer = next(i for i in (0, 1) if is_mixture(model_type, i))
+    with pytest.raises(SiteError, match=r"mixture of experts.*steer ffn"):
+        SteeringAdapter.from_units(model, "neuron", [layer], [3], [1.0])
+
+
+# A mixture that is one throughout has no neuron at all.
+CASES = [
+    (model_type, component)
+    for model_type in PATHS
+    for component in COMPONENTS
+    if places(model_type, component)
+]
+
+
 @pytest.mark.parametrize(("route", "dtype"), ROUTES_AND_DTYPES)
-@pytest.mark.parametrize("component", COMPONENTS)
-@pytest.mark.parametrize("model_type", PATHS)
+@pytest.mark.parametrize(("model_type", "component"), CASES)
 def test_route_equals_the_truth(
     bases: Any,
     tmp_path: Path,
@@ -238,7 +343,7 @@ def test_route_equals_the_truth(
     dtype: torch.dtype,
 ) -> None:
     base, model = bases(model_type, dtype)
-    adapter = SteeringAdapter.from_units(model, component, LAYERS, UNITS, GAMMA)
+    adapter = made(model, component)
     ids = prompts()
     with truth_hooks(model, component):
         truth = logits_of(model)(ids)
@@ -261,7 +366,11 @@ def test_route_equals_the_truth(
 EXPORTED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox"),
     *("opt", "bloom", "gpt_neo"),
-    *(() if TRANSFORMERS_4 else ("mpt",)),
+    *(
+        ()
+        if TRANSFORMERS_4
+        else ("mpt", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
+    ),
 )
 
 
@@ -271,9 +380,27 @@ def test_mpt_is_not_exported_by_transformers_4(exported_base: Any) -> None:
         exported_base("mpt")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        *(
+            [(name, "chosen by a loop") for name in MIXTURES]
+            if TRANSFORMERS_4
+            else [("llama4_text", "complex numbers")]
+        ),
+        ("gemma3", "also reads images"),
+    ],
+)
+def test_what_is_not_exported(exported_base: Any, model_type: str, reason: str) -> None:
+    with pytest.raises(RouteError, match=f"{reason}.*fold into safetensors"):
+        exported_base(model_type)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("component", [*COMPONENTS, "layer"])
-@pytest.mark.parametrize("model_type", EXPORTED)
+@pytest.mark.parametrize(
+    ("model_type", "component"),
+    [(m, c) for m in EXPORTED for c in (*COMPONENTS, "layer") if places(m, c)],
+)
 def test_grafted_graph_equals_attached(
     exported_base: Any, tmp_path: Path, model_type: str, component: str
 ) -> None:
@@ -282,7 +409,7 @@ def test_grafted_graph_equals_attached(
     from austeer.graphs.custom_op import library_file
 
     model, graph = exported_base(model_type)
-    adapter = SteeringAdapter.from_units(model, component, LAYERS, UNITS, GAMMA)
+    adapter = made(model, component)
     ids = prompts()
     expected = attach(tmp_path, model, adapter, tmp_path)(ids)
     graft_file(graph, adapter, tmp_path / "steered.onnx")
@@ -297,29 +424,42 @@ def test_grafted_graph_equals_attached(
         assert float((got - base).abs().max()) > 10 * tolerance
 
 
+def stored_parts(
+    stored: dict[str, Any], model_type: str, component: str, layer: int
+) -> list[Any]:
+    """As `parts_of`, of the arrays in a checkpoint."""
+    attention, mlp = (path.format(i=layer) for path in PATHS[model_type])
+    if model_type == "gemma3":
+        attention, mlp = (
+            path.replace("model.language_model", "language_model.model")
+            for path in (attention, mlp)
+        )
+    if component == "ffn" and is_mixture(model_type, layer):
+        block = MIXTURES[model_type][0] if model_type != "mixtral" else MIXTRAL_STORED
+        found = list(experts_of(stored.items(), block.format(i=layer)))
+        assert len(found) >= (2 if model_type in TRANSPOSED_EXPERTS else 4)
+        return [units_last(name, x, model_type) for name, x in found]
+    weight = stored[f"{attention if component == 'attention' else mlp}.weight"]
+    along_rows = (component == "ffn") != (model_type == "gpt2")
+    bias = [stored[f"{mlp}.bias"]] if component == "ffn" and f"{mlp}.bias" in stored else []
+    return [weight.T if along_rows else weight, *bias]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("component", COMPONENTS)
-@pytest.mark.parametrize("model_type", PATHS)
+@pytest.mark.parametrize(("model_type", "component"), CASES)
 def test_folded_weights_are_the_scaled_weights_bit_for_bit(
     bases: Any, tmp_path: Path, model_type: str, component: str, dtype: torch.dtype
 ) -> None:
     base, model = bases(model_type, dtype)
     before = {name: entry.read() for name, entry in Checkpoint(base).items()}
     files = {path.name: path.read_bytes() for path in base.iterdir()}
-    adapter = SteeringAdapter.from_units(model, component, LAYERS, UNITS, GAMMA)
-    merge_checkpoint(base, adapter, tmp_path / "out")
+    merge_checkpoint(base, made(model, component), tmp_path / "out")
     after = {name: entry.read() for name, entry in Checkpoint(tmp_path / "out").items()}
 
-    transposed = model_type == "gpt2"
-    for layer, unit, gamma in zip(LAYERS, UNITS, GAMMA, strict=True):
-        attention, mlp = (path.format(i=layer) for path in PATHS[model_type])
-        weight = before[f"{attention if component == 'attention' else mlp}.weight"]
-        along_rows = (component == "ffn") != transposed
-        part = weight[unit] if along_rows else weight[:, unit]
-        part[...] = (part.astype("float64") * (1 + gamma)).astype(weight.dtype)
-        if component == "ffn" and f"{mlp}.bias" in before:
-            bias = before[f"{mlp}.bias"]
-            bias[unit] = float(bias[unit]) * (1 + gamma)
+    for layer, unit, gamma in places(model_type, component):
+        for part in stored_parts(before, model_type, component, layer):
+            scaled = part[..., unit].astype("float64") * (1 + gamma)
+            part[..., unit] = scaled.astype(part.dtype)
     assert before.keys() == after.keys()
     different = [name for name in before if before[name].tobytes() != after[name].tobytes()]
     assert different == []
@@ -353,13 +493,13 @@ def test_checkpoint_without_the_prefix(bases: Any, tmp_path: Path, model_type: s
 
 
 @pytest.mark.parametrize("pair", [("attention", "neuron"), ("ffn", "neuron")])
-@pytest.mark.parametrize("model_type", PATHS)
+@pytest.mark.parametrize("model_type", [m for m in PATHS if places(m, "neuron")])
 @pytest.mark.parametrize("route", ROUTES[1:])
 def test_two_components_compose(
     bases: Any, tmp_path: Path, route: Route, model_type: str, pair: tuple[str, str]
 ) -> None:
     base, model = bases(model_type, torch.float32)
-    parts = [SteeringAdapter.from_units(model, c, LAYERS, UNITS, GAMMA) for c in pair]
+    parts = [made(model, component) for component in pair]
     sites = [site for part in parts for site in part.sites]
     adapter = SteeringAdapter.from_sites(model, sites, parts[0].config.strength)
     ids = prompts()
@@ -393,6 +533,36 @@ def test_folded_model_decodes_like_the_attached_one(
     got = folded.generate(ids, attention_mask=mask, **settings)
     assert got.tolist() == expected.tolist()
     assert got.tolist() != plain.tolist()
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_vision_language_model_with_an_image(
+    bases: Any, tmp_path: Path, component: str
+) -> None:
+    """As users load the whole of it; what the vision part computes stays as it was."""
+    from transformers import AutoModelForImageTextToText
+
+    base, live = bases("gemma3", torch.float32)
+    merge_checkpoint(base, made(live, component), tmp_path / "out")
+    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([[1, 36, 38, 38, 38, 38, 37, *range(5, 15)]])
+    inputs = {"input_ids": ids, "pixel_values": image, "token_type_ids": (ids == 38).long()}
+
+    def run(model: Any, **changes: Any) -> Tensor:
+        with torch.no_grad():
+            return model(**(inputs | changes)).logits
+
+    whole, folded = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (base, tmp_path / "out")
+    )
+    with truth_hooks(whole, component):
+        truth = run(whole)
+        other = run(whole, pixel_values=-image)
+    tolerance = SCALE_OF_FLOAT32 * float(truth.abs().max())
+    assert float((run(folded) - truth).abs().max()) <= tolerance
+    assert float((run(folded) - run(whole)).abs().max()) > 10 * tolerance
+    assert float((truth - other).abs().max()) > 10 * tolerance, "the image must be seen"
 
 
 def test_real_model(shared: Path, tmp_path: Path) -> None:

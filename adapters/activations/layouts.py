@@ -15,7 +15,7 @@ from austeer.adapters.activations.batches import PairBatch, plain_batch, tree_ba
 from austeer.adapters.activations.memory import out_of_memory, release_memory, too_large
 from austeer.adapters.activations.packing import PackedBatch, packed_batch
 from austeer.adapters.activations.reading import read_sites
-from austeer.adapters.architectures import architecture_of
+from austeer.adapters.architectures import architecture_of, text_config
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.tokens import PairTokens, token_limit
 
@@ -117,7 +117,7 @@ def _can_share(model: PreTrainedModel, tokens: Sequence[PairTokens], longest: in
 def _sharing_refusal(
     model: PreTrainedModel, tokens: Sequence[PairTokens], longest: int
 ) -> str | None:
-    attention = getattr(model.config, "_attn_implementation", None)
+    attention = getattr(text_config(model), "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
         return f"attention implementation {attention!r} takes no mask of its caller"
     return (
@@ -146,8 +146,9 @@ def _places_refusal(model: PreTrainedModel) -> str | None:
 
 
 def _window_refusal(model: PreTrainedModel, longest: int) -> str | None:
-    window = getattr(model.config, "sliding_window", None)
-    if window is None or window >= longest:
+    window = getattr(text_config(model), "sliding_window", None)
+    # Qwen2-MoE's is 0 where it has none.
+    if not window or window >= longest:
         return None
     return f"a text has {longest} tokens, the sliding window {window}"
 
@@ -213,5 +214,5 @@ def _last_states(
     model: PreTrainedModel, tokens: Sequence[PairTokens], layout: Layout
 ) -> Float[Tensor, "2 P D"]:
     """Final hidden states at the last tokens of positives and negatives."""
-    site = Site(model.config.num_hidden_layers - 1, Component.LAYER)
+    site = Site(text_config(model).num_hidden_layers - 1, Component.LAYER)
     return torch.stack(read_sites(model, lay_out(model, tokens, layout), [site])[site])

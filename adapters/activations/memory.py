@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from austeer.adapters._errors import FitError
+from austeer.adapters.architectures import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ def _bytes_per_token(model: PreTrainedModel) -> int:
 
     A pair keeps two rows of every site; pairs of 16 tokens or more are assumed.
     """
-    config = model.config
+    config = text_config(model)
     hidden = config.hidden_size
     named = (getattr(config, name, None) for name in _INNER_KEYS)
     inner = next((size for size in named if size), 4 * hidden)

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from austeer.adapters._errors import ModelError
 from austeer.adapters.activations.batches import Branch, index_branch, padded, tree_mask
+from austeer.adapters.attach import text_decoder
 from austeer.adapters.tokens import PairTokens
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def packed_attention(model: PreTrainedModel, batch: PackedBatch) -> Iterator[Pac
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attend)
-    config = model.base_model.config
+    config = text_decoder(model).config
     own = config._attn_implementation
     # The sdpa of transformers 4.57 drops the cap in silence, and so it must be dropped here.
     attention = PackedAttention(batch.tokens, capped=own != "sdpa")

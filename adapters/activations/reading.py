@@ -14,7 +14,7 @@ from austeer.adapters._errors import ModelError
 from austeer.adapters.activations.batches import PairBatch
 from austeer.adapters.activations.packing import PackedBatch, packed_attention
 from austeer.adapters.architectures import architecture_of
-from austeer.adapters.attach import find_module, first_output
+from austeer.adapters.attach import find_module, first_output, text_decoder
 from austeer.adapters.sites import Component, Site
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_sites(
         reader = _Reader(batch, sites, () if attention is None else _narrow(model, depth - 1))
         stack.enter_context(reader.attached(model))
         with suppress(_AllReadError):
-            model.base_model(**batch.inputs(), use_cache=False)
+            text_decoder(model)(**batch.inputs(), use_cache=False)
     if attention is not None and attention.calls != depth:
         raise ModelError(
             f"packed attention: expected one call from each of {depth} layers, got "
@@ -128,9 +128,12 @@ class _Reader:
 
 def _narrow(model: PreTrainedModel, layer: int) -> list[Site]:
     """The sites inside the modules that `_last_rows_alone` narrows."""
-    whole = architecture_of(model.config.model_type).own_blocks
-    inside = (Component.FFN, Component.NEURON) if whole else ()
-    return [Site(layer, component) for component in (Component.ATTENTION, *inside)]
+    row = architecture_of(model.config.model_type)
+    inside = [Component.ATTENTION]
+    if row.own_blocks:
+        # Behind a mixture all rows are there again.
+        inside += [Component.NEURON] if row.mixture else [Component.NEURON, Component.FFN]
+    return [Site(layer, component) for component in inside]
 
 
 @contextmanager
@@ -145,15 +148,16 @@ def _last_rows_alone(model: PreTrainedModel, batch: PackedBatch, layer: int) -> 
     rows = torch.cat([batch.positive.last_position, batch.negative.last_position])
     paths = [architecture.projection(Site(layer, Component.ATTENTION))]
     if architecture.own_blocks:
-        paths.append(architecture.projection(Site(layer, Component.FFN)).rpartition(".")[0])
+        paths.append(architecture.block(layer))
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args[0][:, rows.to(args[0].device)], *args[1:]
 
-    def spread(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+    def spread(_: nn.Module, __: Any, output: Any) -> Any:
+        out = first_output(output)
         whole = out.new_zeros(1, batch.input_ids.shape[1], out.shape[-1])
         whole[:, rows.to(out.device)] = out
-        return whole
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     with ExitStack() as stack:
         for path in paths:

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import final_modules, find_module
+from austeer.adapters.fingerprint import module_reader
 from austeer.adapters.sites import Component, Site
+from austeer.adapters.steered_site import site_width
 
 _WORD_STARTS = ("▁", "Ġ")
 
@@ -67,11 +69,11 @@ def written_direction(
 ) -> Float[Tensor, " hidden"]:
     """What one unit of activation writes: a column of the projection, or a coordinate."""
     row = architecture_of(model.config.model_type)
-    projection = find_module(model, row.projection(site))
-    width = projection.get_parameter("weight").shape[row.width_axis(site.component)]
+    width = site_width(site, row, module_reader(model))
     alone = nn.functional.one_hot(torch.tensor(unit), width).float()
-    reads_input = site.component in (Component.ATTENTION, Component.NEURON)
-    return _response(projection, alone) if reads_input else alone
+    if site.component not in (Component.ATTENTION, Component.NEURON):
+        return alone
+    return _response(find_module(model, row.projection(site)), alone)
 
 
 def top_tokens(

@@ -24,8 +24,8 @@ from austeer.adapters._progress import Progress
 from austeer.adapters.activations.reading import evaluating
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.analysis.unembedding import TokenScore, top_tokens, unit_logits
-from austeer.adapters.architectures import architecture_of
-from austeer.adapters.attach import SiteSteer, steering_hooks, transformed
+from austeer.adapters.architectures import architecture_of, text_config
+from austeer.adapters.attach import SiteSteer, steering_hooks, text_decoder, transformed
 from austeer.adapters.composition.combined import check_base
 from austeer.adapters.fingerprint import ReadTensor
 from austeer.adapters.measurement.neutral import TokenText, sample_neutral
@@ -167,7 +167,7 @@ def pairwise_kl(
     row = architecture_of(model.config.model_type)
     n = len(steerings)
     sums = torch.zeros(n + 1, n).double()
-    batches = list(_batches(text, (n + 1) * model.config.vocab_size * 4))
+    batches = list(_batches(text, (n + 1) * text_config(model).vocab_size * 4))
     for done, part in enumerate(batches):
         logits = [_logits(model, part)]
         for sites in steerings:
@@ -196,7 +196,7 @@ def mean_activations(
                 reader = _reader(steered, part, sums[steered.site])
                 hookpoint = row.hookpoint(steered.site)
                 stack.enter_context(transformed(model, hookpoint, reader))
-            model.base_model(**_inputs(model, part))
+            text_decoder(model)(**_inputs(model, part))
     count = int(text.valid.sum())
     return {site: tuple((both / count).numpy()) for site, both in sums.items()}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from austeer.adapters._errors import AdapterError
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import text_config
 from austeer.adapters.composition.contributions import (
     Overlap,
     checked_weights,
@@ -188,7 +189,7 @@ def check_base(
             f"{model.config.model_type}; use the right base"
         )
     read = read or module_reader(model)
-    check_sites(adapter.sites, adapter.architecture, model.config.num_hidden_layers, read)
+    check_sites(adapter.sites, adapter.architecture, text_config(model).num_hidden_layers, read)
     check_fingerprint(adapter, read, name)
 
 

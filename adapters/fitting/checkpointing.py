@@ -9,7 +9,7 @@ from functools import partial
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from austeer.adapters.architectures import Architecture
+from austeer.adapters.architectures import Architecture, text_config
 from austeer.adapters.attach import find_module, replaced_forward
 from austeer.adapters.sites import Component, Site
 
@@ -38,7 +38,7 @@ def gradient_checkpointing(
     Raises:
         ModelError: the model lacks a decoder layer that its config promises.
     """
-    count = model.config.num_hidden_layers if enabled else 0
+    count = text_config(model).num_hidden_layers if enabled else 0
     paths = [architecture.hookpoint(Site(n, Component.LAYER)).module for n in range(count)]
     with ExitStack() as stack:
         for layer in [find_module(model, path) for path in paths]:

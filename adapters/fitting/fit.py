@@ -83,7 +83,7 @@ def fit_strength(
         PairsError: pairs that cannot be tokenized or split.
     """
     options = FitOptions(
-        strength=_strength(strength), components=_components(components, ranking),
+        strength=_strength(strength), components=_components(components, ranking, model),
         kl_budget=kl_budget, max_units=max_units, fluency_limit=fluency_limit, rank=rank,
         keep_sign=keep_sign, seed=seed, batch_size=batch_size, steps=steps,
     )  # fmt: skip
@@ -239,9 +239,10 @@ def _strength(name: Strength | str) -> Strength:
 
 
 def _components(
-    names: Sequence[Component | str] | None, ranking: Ranking | None
+    names: Sequence[Component | str] | None, ranking: Ranking | None, model: PreTrainedModel
 ) -> tuple[Component, ...]:
-    known = tuple(ranking.components if ranking is not None else Component)
+    row = architecture_of(model.config.model_type)
+    known = tuple(row.components if ranking is None else ranking.components)
     wanted = tuple(dict.fromkeys(names)) if names else known
     for name in wanted:
         if name not in known:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from austeer.adapters.architectures import architecture_of
+from austeer.adapters.architectures import architecture_of, text_config
 from austeer.adapters.attach import (
     SiteSteer,
     final_modules,
@@ -19,6 +19,8 @@ from austeer.adapters.attach import (
     first_output,
     replaced_forward,
 )
+from austeer.adapters.fingerprint import module_reader
+from austeer.adapters.mixtures import stored_experts
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.steered_site import SteeredSite
 
@@ -54,14 +56,21 @@ class ResumableDecoder:
         architecture = architecture_of(model.config.model_type)
         # Not always the base model: OPT's head calls what lies inside that.
         self._decoder = find_module(model, architecture.decoder)
-        paths = [architecture.layer.format(i=i) for i in range(model.config.num_hidden_layers)]
+        count = text_config(model).num_hidden_layers
+        paths = [architecture.layer.format(i=i) for i in range(count)]
         self._layers = [find_module(model, path) for path in paths]
         # Without blocks, a layer is run again as a whole.
         within = paths if architecture.own_blocks else []
-        self._attention, self._mlp = (
-            [_Block(model, f"{path}.{below}") for path in within]
-            for below in (architecture.attention, architecture.mlp)
-        )
+        shape = module_reader(model).shape
+        self._attention = [_Block(model, f"{path}.{architecture.attention}") for path in within]
+        self._mlp = [
+            _Block(
+                model,
+                f"{path}.{architecture.mlp}",
+                projected=not stored_experts(architecture, number, shape),
+            )
+            for number, path in enumerate(within)
+        ]
         self._final = final_modules(model, architecture)
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._inputs: dict[int, Tensor] = {}
@@ -95,7 +104,10 @@ class ResumableDecoder:
 
         def forward(*_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
             hidden = self._run(*divmod(start, len(PLACES)), steering)
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+            # The heads of mixtures of experts look for it.
+            output.router_logits = None
+            return output
 
         with replaced_forward(self._decoder, forward):
             yield
@@ -160,10 +172,13 @@ class ResumableDecoder:
 
 
 class _Block:
-    """An attention or MLP block. It ends with a projection, whose output is the block's."""
+    """An attention or MLP block. It ends with a projection, whose output is the block's.
 
-    def __init__(self, model: nn.Module, projection: str) -> None:
-        self._projection = find_module(model, projection)
+    A mixture of experts is not `projected`: it is steered behind its output alone.
+    """
+
+    def __init__(self, model: nn.Module, projection: str, *, projected: bool = True) -> None:
+        self._projection = find_module(model, projection) if projected else None
         self._module = find_module(model, projection.rpartition(".")[0])
         self._projected: Tensor | None = None
         self._output: Any = None
@@ -171,10 +186,10 @@ class _Block:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep the output, and the input of the projection as nothing has steered it yet."""
-        hooks = (
-            self._projection.register_forward_pre_hook(self._keep_projected, prepend=True),
-            self._module.register_forward_hook(self._keep_output),
-        )
+        hooks = [self._module.register_forward_hook(self._keep_output)]
+        if self._projection is not None:
+            keep = self._keep_projected
+            hooks.append(self._projection.register_forward_pre_hook(keep, prepend=True))
         try:
             yield
         finally:
@@ -186,7 +201,7 @@ class _Block:
         """Compute only the projection inside the context, or nothing if `unchanged`."""
 
         def forward(*_: Any, **__: Any) -> Any:
-            if unchanged:
+            if unchanged or self._projection is None:
                 return self._output
             found = self._projection(self._projected)
             if isinstance(self._output, tuple):

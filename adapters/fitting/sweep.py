@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer.adapters.activations.reading import evaluating
-from austeer.adapters.architectures import architecture_of
+from austeer.adapters.architectures import architecture_of, text_config
 from austeer.adapters.attach import steering_hooks
 from austeer.adapters.fitting.resumable import PLACES, ResumableDecoder, depth_of
 from austeer.adapters.measurement.evaluate import PairSet, margins, selected_logits
@@ -59,7 +59,7 @@ def measure_each(
         ModelError: unsupported architecture.
     """
     architecture = architecture_of(model.config.model_type)
-    end = model.config.num_hidden_layers * len(PLACES)
+    end = text_config(model).num_hidden_layers * len(PLACES)
     keys = [_trie_key(steering, end) for steering in candidates]
     order = sorted(range(len(candidates)), key=keys.__getitem__)
     starts = [_common(keys[a], keys[b]) for a, b in pairwise(order)]

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from austeer.adapters._errors import FitError, SiteError
+from austeer.adapters.architectures import text_config
 from austeer.adapters.fingerprint import ends_fingerprint
 from austeer.adapters.localization.ranking_file import (
     Counts,
@@ -132,7 +133,7 @@ class Ranking:
         Raises:
             FitError: another model type, number of layers or weights.
         """
-        found = (model.config.model_type, model.config.num_hidden_layers)
+        found = (model.config.model_type, text_config(model).num_hidden_layers)
         made_for = (self.info.model_type, self.num_layers)
         if found != made_for:
             raise FitError(

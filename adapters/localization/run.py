@@ -13,9 +13,8 @@ from austeer.adapters._errors import FitError, PairsError, SiteError
 from austeer.adapters.activations.capture import Activations, Capturer
 from austeer.adapters.activations.layouts import Layout, choose_layout
 from austeer.adapters.activations.memory import token_budget_for
-from austeer.adapters.architectures import architecture_of
-from austeer.adapters.attach import find_module
-from austeer.adapters.fingerprint import ends_fingerprint
+from austeer.adapters.architectures import architecture_of, text_config
+from austeer.adapters.fingerprint import ends_fingerprint, module_reader
 from austeer.adapters.localization.distributed import processes
 from austeer.adapters.localization.momentum import LayerValues, MomentumCounter
 from austeer.adapters.localization.ranking import Ranking
@@ -25,6 +24,7 @@ from austeer.adapters.localization.state_file import Purpose
 from austeer.adapters.localization.stream import PairStream
 from austeer.adapters.pairs import ContrastivePair, pairs_digest
 from austeer.adapters.sites import Component, Site
+from austeer.adapters.steered_site import site_width
 from austeer.adapters.tokens import token_limit
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def localize(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[ContrastivePair],
-    components: str | Sequence[str | Component] = tuple(Component),
+    components: str | Sequence[str | Component] | None = None,
     *,
     layout: Layout = "auto",
     share_prompt: bool = True,
@@ -63,7 +63,8 @@ def localize(
         model: a supported causal language model.
         tokenizer: its tokenizer.
         pairs: contrastive pairs.
-        components: names of components, all four by default.
+        components: names of components, None for all that the model has: four, or three of a
+            mixture of experts.
         layout: see `capture`; like the next four it does not change the result.
         share_prompt: compute a common prefix once; False stands for layout `plain`.
         batch_size: most pairs in a forward pass, None for as many as the tokens allow.
@@ -78,11 +79,12 @@ def localize(
     Raises:
         PairsError: no pairs, or one that does not fit the model.
         FitError: an activation is not finite, a bad option, or `state` is of another run.
-        SiteError: unknown component, or none.
+        SiteError: unknown component, none, or one that a layer of the model lacks.
         ModelError: unsupported architecture.
         DistributedError: another process stopped, or has other arguments.
     """
-    kinds = _components(components)
+    everything = architecture_of(model.config.model_type).components
+    kinds = _components(everything if components is None else components)
     _check_options(pairs, padding_side, compat, batch_size)
     stream = PairStream(pairs, tokenizer, token_limit(model))
     stream.check_lengths()
@@ -145,9 +147,10 @@ def _by_component(found: Activations) -> Mapping[Component, LayerValues]:
 
 def _counter(model: PreTrainedModel, kind: Component, compat: str | None) -> MomentumCounter:
     architecture = architecture_of(model.config.model_type)
-    projection = find_module(model, architecture.projection(Site(0, kind)))
-    width = projection.get_parameter("weight").shape[architecture.width_axis(kind)]
-    return MomentumCounter(model.config.num_hidden_layers, width, model.device, compat)
+    read, count = module_reader(model), text_config(model).num_hidden_layers
+    # Of every layer: one that is a mixture of experts may lack the component.
+    widths = [site_width(Site(layer, kind), architecture, read) for layer in range(count)]
+    return MomentumCounter(count, widths[0], model.device, compat)
 
 
 def _components(names: str | Sequence[str | Component]) -> list[Component]:
@@ -195,7 +198,7 @@ def _info(
 ) -> RankingInfo:
     return RankingInfo(
         model_type=model.config.model_type,
-        num_layers=model.config.num_hidden_layers,
+        num_layers=text_config(model).num_hidden_layers,
         dtype=str(model.dtype).removeprefix("torch."),
         base_fingerprint=ends_fingerprint(model, kinds),
         pairs_digest=pairs_digest(pairs),

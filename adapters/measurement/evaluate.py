@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from austeer.adapters.activations.batches import PairBatch
 from austeer.adapters.activations.layouts import can_share_prompt, make_batch
+from austeer.adapters.architectures import text_config
 from austeer.adapters.measurement.intervals import Measured, ratio_interval
 from austeer.adapters.measurement.neutral import TokenText
 from austeer.adapters.tokens import PairTokens
@@ -123,7 +124,7 @@ class KLMeter:
         self._batches = [
             text.rows(slice(i, i + batch_size)) for i in range(0, len(text), batch_size)
         ]
-        size = int(text.valid.sum()) * model.config.vocab_size * 4
+        size = int(text.valid.sum()) * text_config(model).vocab_size * 4
         self._base = (
             [self.log_probs(part) for part in self._batches] if size <= _CACHE_LIMIT else None
         )

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from austeer.adapters.architectures import text_config
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenText:
@@ -54,7 +56,7 @@ def sample_neutral(
     start = start_token(tokenizer)
     if start is None:
         noise = torch.Generator().manual_seed(seed)
-        first = torch.randint(model.config.vocab_size, (sequences, 1), generator=noise)
+        first = torch.randint(text_config(model).vocab_size, (sequences, 1), generator=noise)
     else:
         first = torch.full((sequences, 1), int(start))
     prompt = TokenText(first, torch.ones_like(first, dtype=torch.bool))
@@ -142,7 +144,7 @@ def end_tokens(model: PreTrainedModel) -> Int[Tensor, " ends"]:
     ends = (
         model.generation_config.eos_token_id
         if model.generation_config
-        else model.config.eos_token_id
+        else text_config(model).eos_token_id
     )
     listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return torch.tensor(listed, dtype=torch.long, device=model.device)

@@ -77,16 +77,22 @@ class SiteLocator:
         self._pathless = pathless_projections(graph)
         self._architecture = architecture
         self._members: dict[str, list[ir.Node]] = {}
+        self._nameless: list[ir.Node] = []
         for node in graph:
             if node.domain == DOMAIN:
                 continue
-            for scope in dict.fromkeys(module_path(node)):
+            path = module_path(node)
+            if not path:
+                self._nameless.append(node)
+            for scope in dict.fromkeys(path):
                 self._members.setdefault(scope, []).append(node)
 
     def find(self, site: Site) -> Place | Refusal:
         """The place of `site`, or why it cannot be found."""
         if site.component is Component.LAYER:
             return self._layer(site)
+        if site.component is Component.FFN and self._is_mixture(site):
+            return self._block(site)
         module, projection = self._projection(site)
         if isinstance(projection, Refusal):
             return projection
@@ -95,6 +101,30 @@ class SiteLocator:
             readers, width = (projection.reader,), projection.in_width
             return _place(site, module, projection.activation, readers, projection, width)
         return self._output(site, module, projection)
+
+    def _is_mixture(self, site: Site) -> bool:
+        """Whether the layer's MLP has nodes, and none that are its one last projection."""
+        row = self._architecture
+        if row.mixture is None:
+            return False
+        paths = row.block(site.layer), row.projection(Site(site.layer, Component.FFN))
+        block, last = (self._module(site, [path]) for path in paths)
+        return isinstance(block, str) and isinstance(last, Refusal)
+
+    def _block(self, site: Site) -> Place | Refusal:
+        """What leaves the block of a mixture of experts: routing stays inside."""
+        module = self._module(site, [self._architecture.block(site.layer)])
+        if isinstance(module, Refusal):
+            return module
+        inside = dict.fromkeys(self._members[module])
+        for node in self._nameless:
+            # What an exporter puts between two nodes, such as the halves of a projection.
+            sources = [value.producer() for value in node.inputs if value is not None]
+            if any(source in inside for source in sources):
+                inside[node] = None
+        given = [value for node in inside for value in node.outputs]
+        leaving = [value for value in _leaving(given, {*inside}) if _may_be_activation(value)]
+        return _only(site, module, leaving, "as the mixture's output", None)
 
     def projection(self, site: Site) -> Projection | Refusal:
         """The projection whose weight bounds `site` (for `layer`: the MLP's last)."""
@@ -204,14 +234,14 @@ class SiteLocator:
         module = self._module(site, list(dict.fromkeys([layer, f"model.layers.{site.layer}"])))
         if isinstance(module, Refusal):
             return module
-        projection = self.projection(site)
+        projection = None if self._is_mixture(site) else self.projection(site)
         if isinstance(projection, Refusal):
             return projection
         members = self._members[module]
         leaving = _leaving(self._sums(module), set(members))
         # What only a skip norm reads is a part of the sum that the norm computes.
         inner = [v for v in leaving if (node := _only_reader(v)) and is_skip_norm(node)]
-        if len(leaving) == len(inner):
+        if projection is not None and len(leaving) == len(inner):
             start = inner[0] if inner else projection.node.outputs[0]
             hidden = _hidden_sum(site, module, projection, start)
             if hidden is not None:
@@ -287,7 +317,11 @@ def _leaving(values: Iterable[ir.Value], inside: set[ir.Node]) -> list[ir.Value]
 
 
 def _only(
-    site: Site, module: str, values: Sequence[ir.Value], where: str, projection: Projection
+    site: Site,
+    module: str,
+    values: Sequence[ir.Value],
+    where: str,
+    projection: Projection | None,
 ) -> Place | Refusal:
     if len(values) != 1:
         names = ", ".join(str(value.name) for value in values) or "none"
@@ -302,7 +336,8 @@ def _only(
                 "fixed without steering; graft onto the float model, or one quantized "
                 "dynamically",
             )
-    return _place(site, module, values[0], None, projection, projection.out_width)
+    width = None if projection is None else projection.out_width
+    return _place(site, module, values[0], None, projection, width)
 
 
 def _place(
@@ -310,7 +345,7 @@ def _place(
     module: str,
     value: ir.Value,
     readers: tuple[ir.Node, ...] | None,
-    projection: Projection,
+    projection: Projection | None,
     width: int | None,
 ) -> Place | Refusal:
     """The place, with what its own value says before what the projection says."""
@@ -322,4 +357,5 @@ def _place(
             f"module {module}: the width of {value.name} is not in the graph; "
             "run onnx.shape_inference on the base model",
         )
-    return Place(site, value, width, readers, module, value.dtype or projection.dtype)
+    dtype = value.dtype or (None if projection is None else projection.dtype)
+    return Place(site, value, width, readers, module, dtype)

@@ -8,29 +8,40 @@ from typing import Any
 
 import pytest
 import torch
+from reference import MIXTURES
 
 from austeer.adapters import (
     Architecture,
     Component,
     ModelError,
     Site,
+    SiteError,
     SteeringAdapter,
     architectures,
     register_architecture,
 )
-from austeer.adapters.architectures import ARCHITECTURES, architecture_of
-from austeer.adapters.attach import final_modules
+from austeer.adapters.architectures import ARCHITECTURES, architecture_of, text_config
+from austeer.adapters.attach import final_modules, text_decoder
+from austeer.adapters.fingerprint import module_reader
+from austeer.adapters.steered_site import site_width
+
+
+def head_width(config: Any) -> int:
+    """Of what the heads of an attention give: their values."""
+    plain = config.hidden_size // config.num_attention_heads
+    for name in ("v_head_dim", "head_dim"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return int(plain)
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_paths_exist_and_widths_fit(tiny_model: Callable[..., Any], model_type: str) -> None:
     model = tiny_model(model_type)
     row = architecture_of(model_type)
-    config = model.config
-    heads = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    named = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
+    config = text_config(model)
+    heads = head_width(config)
+    named = ("intermediate_size_mlp", "intermediate_size", "ffn_dim", "ffn_hidden_size")
     found = (getattr(config, name, None) for name in named)
     inner = next(filter(None, found), 4 * config.hidden_size)
     widths = {
@@ -38,13 +49,21 @@ def test_paths_exist_and_widths_fit(tiny_model: Callable[..., Any], model_type: 
         Component.FFN: config.hidden_size,
         Component.NEURON: inner,
     }
+    read = module_reader(model)
+    block, dense = MIXTURES.get(model_type, ("", 2))
     for layer in range(2):
         for component, width in widths.items():
             site = Site(layer, component)
-            weight = model.get_submodule(row.projection(site)).weight
-            assert weight.shape[row.width_axis(component)] == width
             side = "output" if component is Component.FFN else "input"
             assert row.hookpoint(site).side == side
+            if layer < dense or component is not Component.NEURON:
+                model.get_submodule(row.hookpoint(site).module)
+            if layer >= dense and component is Component.NEURON:
+                with pytest.raises(SiteError, match="mixture of experts"):
+                    site_width(site, row, read)
+            else:
+                assert site_width(site, row, read) == width
+        assert row.mixture is None or row.block(layer) == f"model.layers.{layer}.{block}"
         point = row.hookpoint(Site(layer, Component.LAYER))
         assert point.side == "output"
         assert type(model.get_submodule(point.module)).__name__.endswith(("Layer", "Block"))
@@ -53,8 +72,14 @@ def test_paths_exist_and_widths_fit(tiny_model: Callable[..., Any], model_type: 
     assert final_modules(model, row)[0] is model.get_submodule(row.norm)
     for norm in (row.attention_norm, row.mlp_norm):
         assert norm is None or model.get_submodule(f"{row.layer.format(i=0)}.{norm}")
-    assert row.num_layers(config.to_dict()) == 2
-    assert model.base_model_prefix == row.prefix
+    assert row.num_layers(model.config.to_dict()) == 2
+    # Llama 4's is the name that its vision-language model gives the whole of it.
+    if model_type != "llama4_text":
+        assert model.base_model_prefix == row.prefix.partition(".")[0]
+    assert text_decoder(model) is model.get_submodule(row.prefix)
+    inner = text_decoder(model)(torch.arange(3, 9)[None], use_cache=False).last_hidden_state
+    assert inner.shape[:2] == (1, 6)
+    assert (row.mixture is not None) == (model_type in MIXTURES)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "", None])

@@ -30,7 +30,7 @@ from austeer.adapters import (
 from austeer.adapters.sites import Component, Site
 from austeer.exporter.cli import cli
 from austeer.exporter.merge import merge_checkpoint
-from austeer.exporter.peft_export import convert_peft, write_peft
+from austeer.exporter.peft_export import check_peft_base, convert_peft, write_peft
 from austeer.exporter.peft_parity import verify_peft
 from austeer.exporter.routes import Route, candidate_components, route_of
 
@@ -653,3 +653,15 @@ def test_a_run_writes_both(tmp_path: Path, base: Path, monkeypatch: pytest.Monke
         ("lora", True), ("ia3", True)
     ]  # fmt: skip
     assert route_of(tmp_path / "run" / "lora") is LORA
+
+
+@pytest.mark.parametrize("route", [Route.LORA, Route.IA3])
+@pytest.mark.parametrize("model_type", ["mixtral", "llama4_text"])
+def test_ffn_of_a_mixture_is_refused_before_the_fit(
+    saved_model: Any, route: Route, model_type: str
+) -> None:
+    base = saved_model(model_type)
+    with pytest.raises(RouteError, match=f"route {route}: component ffn: its experts"):
+        check_peft_base(base, route, [Component.ATTENTION, Component.FFN])
+    check_peft_base(base, route, [Component.ATTENTION])
+    check_peft_base(base, Route.SAFETENSORS, [Component.FFN])

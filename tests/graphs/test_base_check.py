@@ -23,6 +23,16 @@ from austeer.graphs.base_check import BaseWeights, check_base
 Made = Callable[..., SteeringAdapter]
 
 
+class Named(dict[str, np.ndarray]):
+    """Tensors by name, read as those of a model are."""
+
+    def __call__(self, name: str, part: int | None = None, /) -> np.ndarray | None:
+        return self.get(name)
+
+    def shape(self, name: str, /) -> tuple[int, ...] | None:
+        return self[name].shape if name in self else None
+
+
 @pytest.fixture
 def adapter_for(make_adapter: Any) -> Made:
     """An adapter whose fingerprint is that of these module tensors, as torch names them."""
@@ -32,7 +42,7 @@ def adapter_for(make_adapter: Any) -> Made:
     ) -> SteeringAdapter:
         made = make_adapter(units)
         architecture = architecture_of(model_type)
-        digest = fingerprint(architecture, [s.site for s in made.sites], tensors.get)
+        digest = fingerprint(architecture, [s.site for s in made.sites], Named(tensors))
         config = dataclasses.replace(
             made.config, model_type=model_type, base_model_fingerprint=digest
         )

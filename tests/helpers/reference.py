@@ -17,16 +17,27 @@ TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 OWN_ATTENTION = ("opt", "stablelm") if TRANSFORMERS_4 else ()
 # More of them, each with the best layout of pairs that it can take.
 BEST_LAYOUT = {
-    **dict.fromkeys((*PLAIN_LLAMAS, "starcoder2", "phi", "opt"), "packed"),
+    **dict.fromkeys((*PLAIN_LLAMAS, "starcoder2", "phi", "opt", "gemma3"), "packed"),
     **dict.fromkeys(OWN_ATTENTION, "tree"),
     **dict.fromkeys(("gptj", "falcon"), "tree"),
     **dict.fromkeys(("bloom", "mpt", "gpt_neo"), "plain"),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"), "packed"),
+    **{"gpt_oss": "tree", "llama4_text": "plain"},
+}
+# Mixtures of experts: the block below a layer, and the number of layers at the start that
+# are dense; the others have no neuron.
+MIXTURES = {
+    "mixtral": ("block_sparse_moe" if TRANSFORMERS_4 else "mlp", 0),
+    **dict.fromkeys(("qwen2_moe", "deepseek_v3"), ("mlp", 1)),
+    **dict.fromkeys(("qwen3_moe", "gpt_oss"), ("mlp", 0)),
+    "llama4_text": ("feed_forward", 1),
 }
 # Layer, attention and MLP projections.
 PATHS = {
     **dict.fromkeys(
         (*MODEL_TYPES, *PLAIN_LLAMAS), ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj")
     ),
+    "gemma3": ("model.language_model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
     "gpt2": ("transformer.h.{}", "attn.c_proj", "mlp.c_proj"),
     "gpt_neox": ("gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h"),
     "starcoder2": ("model.layers.{}", "self_attn.o_proj", "mlp.c_proj"),
@@ -37,7 +48,22 @@ PATHS = {
     "falcon": ("transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h"),
     "bloom": ("transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h"),
     "mpt": ("transformer.blocks.{}", "attn.out_proj", "ffn.down_proj"),
+    **{
+        name: ("model.layers.{}", "self_attn.o_proj", f"{block}.down_proj")
+        for name, (block, _) in MIXTURES.items()
+    },
 }
+
+
+def sites_of(model_type: str) -> list[Site]:
+    """Every site of a tiny model of two layers."""
+    dense = MIXTURES.get(model_type, ("", 2))[1]
+    return [
+        Site(layer, component)
+        for layer in range(2)
+        for component in Component
+        if layer < dense or component is not Component.NEURON
+    ]
 
 
 def alone(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
@@ -58,14 +84,15 @@ def alone(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
             layer.get_submodule(attention).register_forward_pre_hook(
                 lambda _, x, site=attention_in: keep(site, x)
             ),
-            layer.get_submodule(mlp).register_forward_pre_hook(
-                lambda _, x, site=neuron: keep(site, x)
-            ),
-            layer.get_submodule(mlp).register_forward_hook(
-                lambda _, __, x, site=ffn: keep(site, x)
-            ),
             layer.register_forward_hook(lambda _, __, x, site=out: keep(site, x)),
         ]
+        block, dense = MIXTURES.get(model.config.model_type, ("", 2))
+        last = layer.get_submodule(mlp if number < dense else block)
+        handles.append(last.register_forward_hook(lambda _, __, x, site=ffn: keep(site, x)))
+        if number < dense:
+            handles.append(
+                last.register_forward_pre_hook(lambda _, x, site=neuron: keep(site, x))
+            )
     with torch.no_grad():
         model(torch.tensor([ids]))
     for handle in handles:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import BEST_LAYOUT, alone
+from reference import BEST_LAYOUT, alone, sites_of
 from samples import some_tokens
 
 from austeer.adapters import Component, FitError, ModelError, Site
@@ -33,17 +33,17 @@ def windowed(tiny_model: TinyModel, model_type: str, **changes: Any) -> Any:
 
 
 def check_against_single_strings(model: Any, **options: Any) -> None:
-    seen = 0
-    for batch in capture(model, TOKENS, SITES, **options):
+    seen, sites = 0, sites_of(model.config.model_type)
+    for batch in capture(model, TOKENS, sites, **options):
         for place, number in enumerate(batch.pairs):
             pair = TOKENS[number]
             for side, ids in enumerate((pair.positive, pair.negative)):
                 wanted = alone(model, pair.prefix + ids)
-                for site in SITES:
+                for site in sites:
                     found = batch.values[site][side][place]
                     torch.testing.assert_close(found, wanted[site], **TOLERANCE)
                     seen += 1
-    assert seen == 2 * len(TOKENS) * len(SITES)
+    assert seen == 2 * len(TOKENS) * len(sites)
 
 
 @pytest.mark.parametrize("model_type", BEST_LAYOUT)

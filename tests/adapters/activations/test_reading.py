@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import BEST_LAYOUT
+from reference import BEST_LAYOUT, MIXTURES, sites_of
 
 from austeer.adapters import Component, ModelError, Site
 from austeer.adapters.activations.layouts import lay_out
@@ -44,16 +44,19 @@ def test_the_last_layer_computes_the_last_tokens_alone(
     assert rows == {name: 4 if name in last else 12 for name in names}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox", "phi", "opt"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "gpt2", "gpt_neox", "phi", "opt", *MIXTURES]
+)
 @pytest.mark.parametrize("tokens", [TOKENS, NO_PREFIX])
 def test_each_set_of_sites_reads_the_same(
     tiny_model: TinyModel, model_type: str, tokens: list[PairTokens]
 ) -> None:
     """A site's values do not hang on which others are read, or which layer is the last."""
     model = tiny_model(model_type)
-    together = read_sites(model, lay_out(model, tokens, "plain"), SITES)
+    whole = sites_of(model_type)
+    together = read_sites(model, lay_out(model, tokens, "plain"), whole)
     batch = lay_out(model, tokens, BEST_LAYOUT.get(model_type, "packed"))
-    for sites in [[site] for site in SITES] + [SITES, SITES[::-1]]:
+    for sites in [[site] for site in whole] + [whole, whole[::-1]]:
         found = read_sites(model, batch, sites)
         assert set(found) == set(sites)
         for site in sites:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference import MIXTURES
 
 from austeer.adapters import Component, Predictor, Site
 from austeer.adapters.architectures import architecture_of
@@ -26,6 +27,7 @@ KEYS = {"gpt2": "n_layer", "gptj": "n_layer", "bloom": "n_layer", "mpt": "n_laye
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 3, "attention_types": [[["global", "local", "global"], 1]]},
     "opt-350m": {"do_layer_norm_before": False},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
 }
 TOKENS = [
     PairTokens((1, 5, 6, 7), (8, 9), (10,), "p:1"),
@@ -132,6 +134,24 @@ def test_margins_are_those_of_each_candidate_alone(
     wanted = [alone(model, steering, lambda: pairs.margins(model)) for steering in CANDIDATES]
     assert np.ptp(wanted, axis=0).min() > 0.1, "the candidates must differ"
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("model_type", [*MIXTURES, "gemma3"])
+def test_mixtures_and_a_vision_language_model(
+    model_type: str, tiny_model: Callable[..., Any]
+) -> None:
+    """A mixture is steered behind its block, and has no neuron."""
+    model = build(tiny_model, model_type)
+    lacking = "neuron" if model_type in MIXTURES else ""
+    candidates = [
+        [steered for steered in steering if steered.site.component != lacking]
+        for steering in CANDIDATES
+    ]
+    pairs = batch_pairs(model, TOKENS, 2)
+    found = sweep_margins(model, pairs, candidates)
+    wanted = [alone(model, steering, lambda: pairs.margins(model)) for steering in candidates]
+    assert np.ptp(wanted, axis=0).min() > 0.05, "the candidates must differ"
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

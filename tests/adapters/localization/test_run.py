@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import BEST_LAYOUT
+from reference import BEST_LAYOUT, MIXTURES
 
 from austeer.adapters import (
     Component,
@@ -166,7 +166,10 @@ def test_the_chosen_layout_scores_as_plain_rows_do(
     model, pairs = tiny_model(model_type), pairs_of(rows(24))
     chosen = localize(model, tiny_tokenizer, pairs)
     plain = localize(model, tiny_tokenizer, pairs, layout="plain", batch_size=5)
-    for name in COMPONENTS:
+    assert chosen.components == tuple(
+        name for name in COMPONENTS if name != "neuron" or model_type not in MIXTURES
+    )
+    for name in chosen.components:
         clear = (chosen.counts(name).near_ties == 0) & (plain.counts(name).near_ties == 0)
         # A ReLU leaves many neurons at zero on both sides.
         assert clear.mean() > (0.3 if (model_type, name) == ("opt", "neuron") else 0.9)
@@ -321,3 +324,13 @@ def test_reference_warns_about_prompts_it_drops(
     assert not caplog.records
     localize(model, tiny_tokenizer, [*pairs, refusing], compat="reference")
     assert "drop the prompt of 1 positives" in caplog.text
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_neuron_of_a_mixture_is_refused_before_anything_runs(
+    tiny_model: TinyModel, tiny_tokenizer: Any, model_type: str
+) -> None:
+    model = tiny_model(model_type)
+    model.model.forward = None
+    with pytest.raises(SiteError, match=r"mixture of experts.*steer ffn"):
+        localize(model, tiny_tokenizer, pairs_of(rows(3)), "neuron")
