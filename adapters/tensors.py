@@ -65,10 +65,16 @@ class TensorEntry:
         return DTYPES[self.dtype]
 
     def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The tensor, copied into memory."""
+        """The tensor, copied into memory.
+
+        Raises:
+            ModelError: the file became shorter since its header was read.
+        """
         with self.file.open("rb") as stream:
             stream.seek(self.start)
             data = stream.read(self.size)
+        if len(data) < self.size:
+            raise _corrupt(self.file, f"{self.name} ends {self.size - len(data)} bytes early")
         return np.frombuffer(data, dtype=self.numpy_dtype).reshape(self.shape).copy()
 
 
@@ -157,7 +163,21 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Non
 
     with publish_file(path) as work:
         # Not save_file: what it leaves behind when killed has a name of its own.
-        work.write_bytes(save(tensors, metadata=metadata))
+        work.write_bytes(_in_order(save(tensors, metadata=metadata)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A file's bytes with its metadata sorted; safetensors puts several keys in any order."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    metadata = header.get("__metadata__", {})
+    if len(metadata) < 2:
+        return data
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The data starts at a multiple of eight, as safetensors has it.
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[start:]))
 
 
 def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:

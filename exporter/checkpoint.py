@@ -27,7 +27,8 @@ _COPIES = 4  # files copied at once
 _SUFFIXES = {".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"}
 _LEGAL = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
 _TEMPLATES = "additional_chat_templates"  # the one subfolder that tokenizers read
-_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+# Of an adapter, and of a product that becomes a base: they would speak of other files.
+_NOT_OURS = {"adapter_config.json", "adapter_model.safetensors", "austeer.json"}
 _NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -44,13 +45,22 @@ def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> list[str]:
         ModelError: a file of the base cannot be read.
         OSError: the copy cannot be written.
     """
-    sources = sorted([*checkpoint.files, *_companions(checkpoint)])
+    sources = source_files(checkpoint)
     names = [source.relative_to(checkpoint.root) for source in sources]
     targets = [folder / name for name in names]
     for parent in {target.parent for target in targets}:
         parent.mkdir(exist_ok=True)
     _copy_files(sources, targets)
     return [str(name) for name in names]
+
+
+def source_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a base that `copy_checkpoint` copies, sorted.
+
+    Raises:
+        ModelError: a link to nothing.
+    """
+    return sorted([*checkpoint.files, *_companions(checkpoint)])
 
 
 def _copy_files(sources: Sequence[Path], targets: Sequence[Path]) -> None:
@@ -154,7 +164,7 @@ def _companions(checkpoint: Checkpoint) -> Iterator[Path]:
 
 def _wanted(path: Path, sharded: bool) -> bool:
     name = path.name.lower()
-    if path.is_dir() or name.startswith(".") or name in _ADAPTER_FILES:
+    if path.is_dir() or name.startswith(".") or name in _NOT_OURS:
         return False
     if name.endswith(".index.json"):
         return sharded and path.name == INDEX

@@ -28,13 +28,21 @@ from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, Tensors, write_t
 from austeer.exporter.checkpoint import copy_checkpoint
 from austeer.exporter.code_check import verify_code_structure
 from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
+from austeer.exporter.provenance import ProductFacts, Seal
+from austeer.exporter.routes import Route
 
 # transformers reads no second file beside one of the usual name.
 _ONLY_SHARD = "model-00001-of-00001.safetensors"
 
 
 def export_code(
-    base: Path, adapter: SteeringAdapter, out: Path, *, scale: float = 1.0, force: bool = False
+    base: Path,
+    adapter: SteeringAdapter,
+    out: Path,
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+    seal: Seal | None = None,
 ) -> None:
     """Write `base` steered by `adapter` in code, check its files, publish it at `out`.
 
@@ -44,6 +52,7 @@ def export_code(
         out: new or empty directory.
         scale: factor on every γ; config.json keeps it as `steering_scale`.
         force: accept a base with another fingerprint.
+        seal: what `austeer.json` says besides.
 
     Raises:
         RouteError: a base that is quantized or brings code of its own, or no effect.
@@ -56,6 +65,8 @@ def export_code(
     with publish_directory(out) as work:
         write_code(base, adapter, work, scale=scale, force=force)
         verify_code_structure(base, work, adapter, scale)
+        facts = ProductFacts(Route.CODE, base, adapter, scale=scale, force=force)
+        (seal or Seal()).close_product(work, facts)
 
 
 def write_code(

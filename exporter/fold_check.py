@@ -73,7 +73,7 @@ def verify_fold_structure(
     _check_same_tensors(before, after)
     if _json(base / "config.json") != _json(folder / "config.json"):
         raise VerificationError(f"{folder}/config.json: differs from the base's")
-    gains = dict(_gains(adapter, before, scale))
+    gains = dict(touched_gains(adapter, before, scale))
     others = [] if touched_only else sorted(set(before) - set(gains))
     for name in others:
         if not same_bytes(before[name], after[name]):
@@ -86,7 +86,7 @@ def verify_fold_structure(
     return StructureReport(tuple(sorted(gains)), len(others), worst)
 
 
-def _gains(
+def touched_gains(
     adapter: SteeringAdapter, checkpoint: Checkpoint, scale: float
 ) -> Iterator[tuple[str, dict[int, Float[np.ndarray, " width"]]]]:
     """Per touched tensor the full gain vector of each axis."""

@@ -18,6 +18,8 @@ from austeer.exporter.checkpoint import copy_checkpoint, patch_tensor, shared_na
 from austeer.exporter.fold import fold_tensor
 from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
+from austeer.exporter.provenance import ProductFacts, Seal
+from austeer.exporter.routes import Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,13 @@ class MergeSummary:
 
 
 def merge_checkpoint(
-    base: Path, adapter: SteeringAdapter, out: Path, *, scale: float = 1.0, force: bool = False
+    base: Path,
+    adapter: SteeringAdapter,
+    out: Path,
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+    seal: Seal | None = None,
 ) -> MergeSummary:
     """Fold `adapter` into a copy of `base`, check the touched tensors, publish it at `out`.
 
@@ -65,6 +73,7 @@ def merge_checkpoint(
         out: new or empty directory.
         scale: factor on every γ.
         force: accept a base with another fingerprint.
+        seal: what `austeer.json` says besides.
 
     Raises:
         RouteError: the adapter cannot fold, or the fold would change nothing.
@@ -77,7 +86,9 @@ def merge_checkpoint(
     with publish_directory(out) as work:
         summary = write_folded(base, adapter, work, scale=scale, force=force)
         verify_fold_structure(base, work, adapter, scale, touched_only=True)
-    return dataclasses.replace(summary, path=Path(out))
+        facts = ProductFacts(Route.SAFETENSORS, base, adapter, scale=scale, force=force)
+        files = (*summary.files, *(seal or Seal()).close_product(work, facts))
+    return dataclasses.replace(summary, path=Path(out), files=files)
 
 
 def write_folded(
