@@ -62,9 +62,18 @@ class OutputError(AusteerError):
 
 
 class VerificationError(AusteerError):
-    """A product differs from its reference; it was not published."""
+    """A product differs from its reference; it was not published.
+
+    Args:
+        message: one line.
+        details: a line for each thing that differs, to be printed before the message.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, details: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class NoEffectError(AusteerError):

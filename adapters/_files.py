@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from austeer.adapters._errors import AusteerError, OutputError
 from austeer.adapters._json import parse_json, read_text
+from austeer.adapters._leftovers import locked_directory, locked_file, remove_leftovers
 
 
 def check_output_free(out: Path) -> None:
@@ -37,7 +37,8 @@ def check_output_free(out: Path) -> None:
 def publish_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `out`; on a clean exit sync it and rename it to `out`.
 
-    After any exception the temporary is removed and `out` is untouched.
+    After any exception the temporary is removed and `out` is untouched. After a kill the next
+    run for `out` removes it.
 
     Raises:
         OutputError: `out` is taken, or the filesystem refuses (full, read-only).
@@ -46,7 +47,8 @@ def publish_directory(out: Path) -> Iterator[Path]:
     check_output_free(out)
     with _as_output_error(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        remove_leftovers(out)
+        work, lock = locked_directory(out)
     try:
         with _as_output_error(out):
             yield work
@@ -57,6 +59,8 @@ def publish_directory(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -73,9 +77,8 @@ def publish_file(out: Path) -> Iterator[Path]:
         )
     with _as_output_error(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
-    os.close(handle)
-    work = Path(name)
+        remove_leftovers(out)
+        work, lock = locked_file(out)
     try:
         with _as_output_error(out):
             yield work
@@ -84,13 +87,14 @@ def publish_file(out: Path) -> Iterator[Path]:
             work.replace(out)
             _sync_path(out.parent)
     except FileNotFoundError as error:
-        if error.filename != name:
+        if error.filename != str(work):
             raise
         raise OutputError(
             f"{out}: its temporary file went away; is another run writing there?"
         ) from error
     finally:
         work.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def read_json(path: Path, error: type[AusteerError], remedy: str) -> dict[str, Any]:
@@ -141,8 +145,13 @@ def refuse_foreign_link(path: Path, root: Path, error: type[AusteerError]) -> No
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` as sorted, indented JSON (UTF-8, newline at the end)."""
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """What `write_json` writes."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    return text + "\n"
 
 
 @contextmanager
@@ -166,6 +175,7 @@ def _filesystem_refusal(error: BaseException) -> str | None:
         errno.EROFS: "the filesystem is read-only; choose another place",
         errno.EACCES: "permission denied; choose another place",
         errno.EPERM: "operation not permitted; choose another place",
+        errno.EIO: "an input or output error; check the disks of the base and of the output",
         errno.EFBIG: "file too large for this filesystem or limit",
         errno.ENOTDIR: "a parent of it is a file; choose another place",
         errno.EEXIST: "a file is in the way; choose another place",
@@ -188,9 +198,9 @@ def _sync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
             path = Path(folder) / name
-            if path.stat().st_nlink > 1:
-                continue  # somebody else's file, too
-            path.chmod(readable)
+            # A file with other names belongs to others as well.
+            if path.stat().st_nlink == 1:
+                path.chmod(readable)
             _sync_path(path)
         _sync_path(Path(folder))
 

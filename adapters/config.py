@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -168,10 +168,17 @@ class AdapterConfig:
 
     def save(self, folder: Path) -> None:
         """Write `adapter_config.json` into `folder`."""
+        write_json(folder / CONFIG_NAME, self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Content of `adapter_config.json`."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["components"] = [component.value for component in self.components]
         values["strength"] = self.strength.value
-        write_json(folder / CONFIG_NAME, values)
+        return values
+
+
+_SHAPING = ("austeer", "torch", "transformers", "safetensors", "numpy")
 
 
 def figures_of_test(fit: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,10 +199,10 @@ def is_interval(value: object) -> TypeGuard[list[float]]:
     return isinstance(value, list) and len(value) == 2 and all(map(is_finite, value))
 
 
-def library_versions() -> dict[str, str]:
-    """Installed versions of what shapes an adapter's numbers."""
+def library_versions(names: Sequence[str] = _SHAPING) -> dict[str, str]:
+    """Installed versions of `names`, by default of what shapes an adapter's numbers."""
     found = {}
-    for name in ("austeer", "torch", "transformers", "safetensors", "numpy"):
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

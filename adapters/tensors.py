@@ -7,6 +7,7 @@ Format: 8 bytes little-endian header length N, N bytes of JSON, then the tensors
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -205,7 +206,21 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Non
 
     with publish_file(path) as work:
         # Not save_file: what it leaves behind when killed has a name of its own.
-        work.write_bytes(save(tensors, metadata=metadata))
+        work.write_bytes(_in_order(save(tensors, metadata=metadata)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A file's bytes with its metadata sorted; safetensors puts several keys in any order."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    metadata = header.get("__metadata__", {})
+    if len(metadata) < 2:
+        return data
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The data starts at a multiple of eight, as safetensors has it.
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[start:]))
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:

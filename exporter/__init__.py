@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from austeer.exporter.merge import MergeSummary, merge_checkpoint
     from austeer.exporter.peft_export import PeftSummary, convert_peft
     from austeer.exporter.peft_parity import verify_peft
-    from austeer.exporter.products import Export, export_product, verify_product
+    from austeer.exporter.product_check import verify_product
+    from austeer.exporter.products import Export, export_product
     from austeer.exporter.run import RunReport, fit_job, run_job
     from austeer.exporter.stages import localize_job
     from austeer.exporter.verify import (
@@ -71,7 +72,7 @@ _LAZY = {
     "verify_code": "austeer.exporter.code_parity",
     "verify_onnx": "austeer.exporter.verify",
     "verify_peft": "austeer.exporter.peft_parity",
-    "verify_product": "austeer.exporter.products",
+    "verify_product": "austeer.exporter.product_check",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +17,44 @@ import click
 from austeer.adapters._errors import AusteerError
 from austeer.adapters._progress import Progress
 
+_ARGUMENTS = "austeer.arguments"
+
 
 class TranslatingGroup(click.Group):
     """A command group whose commands end in one error line instead of a traceback."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments for `command_line`, then parse them."""
+        ctx.meta[_ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see `translated`."""
         with translated():
             return super().invoke(ctx)
+
+
+def command_line() -> str:
+    """The command that runs, as a shell would take it, with `OUT` in place of its output.
+
+    So that two runs which differ in nothing but their output say the same. Empty outside a
+    command.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return ""
+    arguments, hidden = [], False
+    for argument in context.meta.get(_ARGUMENTS, ()):
+        name, given, _ = argument.partition("=")
+        if hidden:
+            argument = "OUT"
+        elif name == "--out" and given:
+            argument = "--out=OUT"
+        elif argument.startswith("-o") and len(argument) > len("-o"):
+            argument = "-oOUT"
+        hidden = not hidden and argument in ("-o", "--out")
+        arguments.append(argument)
+    return shlex.join(["austeer-export", *arguments])
 
 
 @contextmanager
@@ -41,6 +72,8 @@ def translated() -> Iterator[None]:
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
     except AusteerError as error:
+        for line in getattr(error, "details", ()):
+            click.echo(_one_line(line), err=True)
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt as stop:
         _fail(str(stop) or "interrupted; nothing was published", 130)
@@ -120,8 +153,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {_one_line(message)}", err=True)
     raise click.exceptions.Exit(code)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _system_error(error: OSError) -> str:

@@ -66,6 +66,9 @@ localize_options = together(
         show_default=True,
         help="Under torchrun: minutes to wait for a process before it counts as stopped.",
     ),
+    click.option(
+        "--restart", is_flag=True, help="Discard the localization's state of a stopped run."
+    ),
 )  # fmt: skip
 fit_options = together(
     click.option("--test-pairs", help="Pairs for the report.  [default: a split of PAIRS]"),
@@ -128,6 +131,11 @@ storage_options = together(
         "[default: the base's files]",
     ),
 )  # fmt: skip
+sums_option = click.option(
+    "--sums/--no-sums",
+    default=True,
+    help="Write SHA256SUMS; hashing takes longer than copying.  [default: --sums]",
+)
 no_verify_option = click.option(
     "--no-verify", is_flag=True, help="Publish without comparing with the attached model."
 )

@@ -37,7 +37,8 @@ _RANGE = 1 << 26
 _SUFFIXES = {".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"}
 _LEGAL = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
 _TEMPLATES = "additional_chat_templates"  # the one subfolder that tokenizers read
-_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+# Of an adapter, and of a product that becomes a base: they would speak of other files.
+_NOT_OURS = {"adapter_config.json", "adapter_model.safetensors", "austeer.json"}
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 
@@ -152,6 +153,15 @@ def link_file(source: Path, target: Path, stopped: Event | None = None) -> int:
     return 0
 
 
+def source_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a base that `copy_checkpoint` copies, sorted.
+
+    Raises:
+        ModelError: a link to nothing, or out of the model's directory.
+    """
+    return sorted([*checkpoint.files, *_companions(checkpoint)])
+
+
 def copy_file(
     source: Path,
     target: Path,
@@ -259,7 +269,7 @@ def _companions(checkpoint: Checkpoint) -> Iterator[Path]:
 
 def _wanted(path: Path, sharded: bool) -> bool:
     name = path.name.lower()
-    if path.is_dir() or name.startswith(".") or name in _ADAPTER_FILES:
+    if path.is_dir() or name.startswith(".") or name in _NOT_OURS:
         return False
     if name.endswith(".index.json"):
         return sharded and path.name == INDEX

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from austeer.adapters._errors import NoEffectError
 from austeer.adapters.sites import Component
 from austeer.exporter._console import (
     TranslatingGroup,
+    command_line,
     print_json,
     print_table,
     progress_on_terminal,
@@ -33,6 +33,7 @@ from austeer.exporter._options import (
     steering_options,
     storage_options,
     strength_input_options,
+    sums_option,
 )
 from austeer.exporter.adapter_commands import combine, show
 from austeer.exporter.graft_command import graft
@@ -82,6 +83,7 @@ def main() -> None:
 )
 @localize_options
 @fit_options
+@sums_option
 @base_options
 @json_option
 def run(as_json: bool, routes: tuple[str, ...], **options: Any) -> None:
@@ -108,7 +110,6 @@ def run(as_json: bool, routes: tuple[str, ...], **options: Any) -> None:
     type=click.Choice(["reference"]),
     help="reference: round activations to float16 as the paper's code does.",
 )
-@click.option("--restart", is_flag=True, help="Discard the state of a stopped run.")
 @base_options
 @json_option
 def localize(as_json: bool, **options: Any) -> None:
@@ -147,6 +148,7 @@ def localize(as_json: bool, **options: Any) -> None:
 @out_option
 @localize_options
 @fit_options
+@sums_option
 @base_options
 @json_option
 def fit(as_json: bool, **options: Any) -> None:
@@ -176,6 +178,7 @@ def fit(as_json: bool, **options: Any) -> None:
 @steering_options
 @storage_options
 @no_verify_option
+@sums_option
 @base_options
 @json_option
 def merge(as_json: bool, code: bool, **options: Any) -> None:
@@ -202,6 +205,7 @@ def merge(as_json: bool, code: bool, **options: Any) -> None:
 @steering_options
 @strength_input_options
 @no_verify_option
+@sums_option
 @base_options
 @json_option
 def onnx(as_json: bool, **options: Any) -> None:
@@ -216,6 +220,7 @@ def onnx(as_json: bool, **options: Any) -> None:
 @out_option
 @steering_options
 @no_verify_option
+@sums_option
 @base_options
 @json_option
 def peft(as_json: bool, route: str, **options: Any) -> None:
@@ -228,11 +233,25 @@ def peft(as_json: bool, route: str, **options: Any) -> None:
 @click.option("--base", "model", required=True, help="Base model: directory or Hub id.")
 @click.option("--adapter", required=True, help="Adapter: directory or Hub id.")
 @steering_options
+@click.option(
+    "--structure-only",
+    is_flag=True,
+    help="Run no model: files, bytes, and each touched weight on random input.",
+)
+@click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="Your edits may differ from SHA256SUMS; if all else holds, it is written anew.",
+)
 @base_options
 @json_option
 def verify(as_json: bool, product: Path, **options: Any) -> None:
-    """Compare PRODUCT with its base model, steered live by its adapter."""
-    from austeer.exporter.products import verify_product
+    """Check PRODUCT: its SHA256SUMS, its structure, then its logits.
+
+    They are compared with those of its base model, steered live by its adapter.
+    """
+    from austeer.exporter.markdown import verify_sentences
+    from austeer.exporter.product_check import verify_product
 
     with progress_on_terminal():
         export = verify_product(
@@ -242,8 +261,13 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
             scale=options["scale"],
             force=options["force"],
             pairs_file=options["pairs"],
+            structure_only=options["structure_only"],
+            accept_changes=options["accept_changes"],
         )
     _print_product(export.row, as_json)
+    if not as_json:
+        for sentence in verify_sentences(export.row):
+            click.echo(sentence)
 
 
 cli.add_command(graft)
@@ -272,8 +296,7 @@ def _run_options(options: dict[str, Any], routes: tuple[Route, ...]) -> RunOptio
     base = chosen_base(options)
     rest = {key: value for key, value in options.items() if key not in BaseOptions.__slots__}
     rest["components"] = tuple(Component(name) for name in options["components"])
-    command = shlex.join(["austeer-export", *sys.argv[1:]])
-    chosen = RunOptions(base=base, routes=routes, command=command, **rest)
+    chosen = RunOptions(base=base, routes=routes, command=command_line(), **rest)
     # Before torch is imported, which alone takes seconds.
     chosen.check()
     return chosen
@@ -290,6 +313,7 @@ def _export(
         route=route,
         out=options["out"],
         pairs=options["pairs"],
+        command=command_line(),
         handling=Handling(
             scale=options["scale"],
             force=options["force"],
@@ -297,6 +321,7 @@ def _export(
             trust_remote_code=options["trust_remote_code"],
             scale_as=options.get("scale_as") or "constant",
             stored=stored or StoredAs(),
+            sums=options["sums"],
         ),
     )
     with progress_on_terminal() as progress:
@@ -315,6 +340,7 @@ def _print_run(values: dict[str, Any], out: Path, as_json: bool) -> None:
     click.echo(markdown.outcome_sentence(values))
     for note in values["notes"]:
         click.echo(f"note: {note}")
+    click.echo(markdown.time_sentence(values["timings"]))
     what = "Everything" if values["outcome"] == "steered" else "The report"
     click.echo(f"{what} is in {out}")
 

@@ -31,6 +31,8 @@ from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, Tensors, write_t
 from austeer.exporter.checkpoint import copy_checkpoint
 from austeer.exporter.code_check import verify_code_structure
 from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
+from austeer.exporter.provenance import ProductFacts, Seal
+from austeer.exporter.routes import Route
 
 # transformers reads no second file beside one of the usual name.
 _ONLY_SHARD = "model-00001-of-00001.safetensors"
@@ -44,6 +46,7 @@ def export_code(
     scale: float = 1.0,
     force: bool = False,
     link: bool = False,
+    seal: Seal | None = None,
 ) -> None:
     """Write `base` steered by `adapter` in code, check its files, publish it at `out`.
 
@@ -54,6 +57,7 @@ def export_code(
         scale: factor on every γ; config.json keeps it as `steering_scale`.
         force: accept a base with another fingerprint.
         link: hard link the base's weight files instead of copying them.
+        seal: what `austeer.json` says besides.
 
     Raises:
         RouteError: a base that is quantized or brings code of its own, or no effect.
@@ -66,6 +70,8 @@ def export_code(
     with publish_directory(out) as work:
         write_code(base, adapter, work, scale=scale, force=force, link=link)
         verify_code_structure(base, work, adapter, scale)
+        facts = ProductFacts(Route.CODE, base, adapter, scale=scale, force=force)
+        (seal or Seal()).close_product(work, facts)
 
 
 def write_code(

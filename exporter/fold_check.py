@@ -86,7 +86,7 @@ def verify_fold_structure(
     quantization = quantization_of(base)
     converted = _check_same_tensors(before, after)
     if quantization is None:
-        gains = dict(_gains(adapter, before, scale))
+        gains = dict(touched_gains(adapter, before, scale))
     else:
         if converted is not None:
             raise VerificationError(f"{folder}: a quantized base got another dtype")
@@ -109,7 +109,7 @@ def verify_fold_structure(
     return StructureReport(tuple(sorted(gains)), len(others), max(errors))
 
 
-def _gains(
+def touched_gains(
     adapter: SteeringAdapter, checkpoint: Checkpoint, scale: float
 ) -> Iterator[tuple[str, dict[int, Gain]]]:
     """Per touched tensor the full gain vector of each axis."""
@@ -131,7 +131,7 @@ def _quantized_gains(
     """The same where scales carry the gains of quantized projections."""
     sites = locate_sites(adapter, checkpoint, quantization)
     if sites.plain is not None:
-        yield from _gains(sites.plain, checkpoint, scale)
+        yield from touched_gains(sites.plain, checkpoint, scale)
     for steered, scales in sites.scales:
         if isinstance(scales, str) or steered.site.component is not Component.FFN:
             reason = scales if isinstance(scales, str) else INPUT_SIDE

@@ -16,7 +16,13 @@ from austeer.adapters._files import check_output_free, read_json, write_json
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
-from austeer.exporter.graft_output import graft_as_directory, graft_as_file
+from austeer.exporter.free_space import check_space
+from austeer.exporter.graft_output import (
+    graft_as_directory,
+    graft_as_file,
+    graft_size,
+    seal_graft,
+)
 from austeer.exporter.settings import check_strength
 
 if TYPE_CHECKING:
@@ -58,6 +64,8 @@ class GraftRequest:
         library: put the operator library into the directory, for onnxruntime-genai.
         force: accept a base with other weights.
         verify: run the result and compare it with its formula and its base.
+        sums: write `SHA256SUMS` into a directory.
+        command: the command line, for `austeer.json` in a directory.
 
     Raises:
         RouteError: options that exclude one another.
@@ -76,6 +84,8 @@ class GraftRequest:
     library: bool = False
     force: bool = False
     verify: bool = True
+    sums: bool = True
+    command: str = ""
 
     def __post_init__(self) -> None:
         check_strength(self.scale, self.scale_as)
@@ -125,11 +135,14 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
     progress("graft", 0, 1)
     graft, compared = _grafted(request, base, adapters)
     progress("graft", 1, 1)
+    check_space(request.out, graft_size(request, base, graft.model, adapters))
     with _published(request, base, graft.model) as target:
         files = _write(request, target, graft, adapters)
         progress("verify graft", 0, 1)
         proof = _prove(base, target, graft, files) if request.verify else {}
         progress("verify graft", 1, 1)
+        if not request.is_file:
+            seal_graft(request, base, graft.model, target.parent, adapters)
     return proof | {
         "route": "graft",
         "path": str(request.out),

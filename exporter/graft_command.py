@@ -7,12 +7,18 @@ from typing import Any
 
 import click
 
-from austeer.exporter._console import print_json, print_table, progress_on_terminal
+from austeer.exporter._console import (
+    command_line,
+    print_json,
+    print_table,
+    progress_on_terminal,
+)
 from austeer.exporter._options import (
     FOLDER,
     json_option,
     out_option,
     strength_input_options,
+    sums_option,
 )
 
 
@@ -42,6 +48,7 @@ from austeer.exporter._options import (
 )
 @click.option("--force", is_flag=True, help="Accept a base with other weights.")
 @click.option("--no-verify", is_flag=True, help="Publish without running the result.")
+@sums_option
 @json_option
 def graft(
     base_onnx: Path,
@@ -63,6 +70,7 @@ def graft(
         adapters=adapters,
         scale_as=scale_as or "constant",
         verify=not no_verify,
+        command=command_line(),
         **options,
     )
     with progress_on_terminal() as progress:

@@ -1,9 +1,13 @@
-"""Where a graft is published: a file that shares its base's weights, or a directory."""
+"""Where a graft is published: a file that shares its base's weights, or a directory.
+
+A directory says what it was made of; a file stands in a folder that is not ours.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +19,14 @@ from austeer.adapters._files import (
     publish_file,
     refuse_foreign_link,
 )
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.exporter.provenance import Seal, adapter_facts, versions
+from austeer.exporter.routes import Route
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from austeer.exporter.graft import GraftRequest
 
 _COMPANIONS = (
     "config.json",
@@ -31,6 +40,9 @@ _COMPANIONS = (
     "*.tiktoken",
 )
 """Configs and tokenizers, which runtimes read beside a model."""
+
+_SMALL = 1 << 20
+"""More bytes than new nodes, cards and sums take."""
 
 
 @contextmanager
@@ -54,10 +66,15 @@ def graft_as_file(out: Path, base: Path, model: ir.Model) -> Iterator[Path]:
             f"as {base.with_name(out.name)}, or into a new directory with --copy-data"
         )
     with publish_file(out) as work, _speaking_of(out, work):
-        work.unlink()
-        yield work
-        # Another run may have been quicker.
-        check_output_free(out)
+        # The writer wants a name that is free; the temporary is what keeps it ours.
+        fresh = work.with_name(f"{work.name}.new")
+        try:
+            yield fresh
+            # Another run may have been quicker.
+            check_output_free(out)
+            fresh.replace(work)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -102,6 +119,54 @@ def graft_as_directory(
         for path in companions:
             shutil.copyfile(path, work / path.name)
         yield work / base.name
+
+
+def graft_size(
+    request: GraftRequest, base: Path, model: ir.Model, adapters: Sequence[SteeringAdapter]
+) -> int:
+    """The most bytes that the graft writes: graphs, adapters, and files that are copied."""
+    from austeer.graphs.custom_op import library_file
+    from austeer.graphs.model_io import external_tensors
+
+    copied = {base.parent / str(tensor.location) for tensor in external_tensors(model)}
+    if not request.copy_data:
+        copied = set()
+    if request.library and (library := library_file()) is not None:
+        copied.add(library)
+    # The proof of a replaced graft writes the unsteered graph as well, for a while.
+    graphs = 2 if request.replace and request.verify else 1
+    steering = sum(array.nbytes for a in adapters for array in a.tensors().values())
+    return (
+        graphs * base.stat().st_size
+        + sum(path.stat().st_size for path in copied)
+        + 2 * steering
+        + _SMALL
+    )
+
+
+def seal_graft(
+    request: GraftRequest,
+    base: Path,
+    model: ir.Model,
+    folder: Path,
+    adapters: Sequence[SteeringAdapter],
+) -> None:
+    """Write `austeer.json` and sums; a file of a graft has no folder of its own for them."""
+    from austeer.graphs.model_io import external_tensors
+
+    seal = Seal(command=request.command, model=str(request.base), sums=request.sums)
+    given = dataclasses.asdict(request)
+    decides = ("as_adapter", "force", "inline", "library", "replace", "scale", "scale_as")
+    data = {base.parent / str(tensor.location) for tensor in external_tensors(model)}
+    files = [base, *(path for path in sorted(data) if path.is_file())]
+    facts = {
+        "route": "graft",
+        "options": {name: given[name] for name in (*decides, "together")},
+        "adapters": [adapter_facts(adapter) for adapter in adapters],
+        "base": seal.base_facts(base.parent, files),
+        "versions": versions(Route.ONNX, live=False),
+    }
+    seal.close(folder, facts)
 
 
 @contextmanager

@@ -75,6 +75,32 @@ def outcome_sentence(report: Mapping[str, Any]) -> str:
     )
 
 
+def verify_sentences(row: Mapping[str, Any]) -> list[str]:
+    """What `verify` found beyond the table, a sentence a fact."""
+    count = row["files_checked"]
+    if count is None:
+        found = ["It has no SHA256SUMS: whether its files are as published was not checked."]
+    else:
+        found = [f"All {count} files are those that SHA256SUMS lists."]
+    if not row.get("structure_only"):
+        return found
+    if row["random_error"] is None:
+        return [*found, "Its tensors are the base's and the adapter's; no model was run."]
+    return [
+        *found,
+        f"{len(row['touched'])} steered weights agree with the base's on random input, off by "
+        f"{number(row['random_error'])} of what rounding explains; {row['identical']} other "
+        "tensors are the base's, byte for byte; no model was run.",
+    ]
+
+
+def time_sentence(seconds: Mapping[str, float]) -> str:
+    """How long each stage took; for the terminal, because no two runs agree on it."""
+    return "seconds: " + ", ".join(
+        f"{stage} {number(value)}" for stage, value in seconds.items()
+    )
+
+
 def report_markdown(report: Mapping[str, Any]) -> str:
     """`report.md` for the content of `report.json`."""
     parts = [f"# Steering report\n\n**{outcome_sentence(report)}**\n"]
@@ -145,8 +171,7 @@ def _samples(samples: Iterable[Mapping[str, str]]) -> str:
 
 def _run(report: Mapping[str, Any]) -> str:
     command = f"    {report['command']}\n\n" if report.get("command") else ""
-    timings = {f"seconds: {key}": value for key, value in report.get("timings", {}).items()}
-    facts = {**report.get("options", {}), **timings, **report.get("versions", {})}
+    facts = {**report.get("options", {}), **report.get("versions", {})}
     return command + _facts(facts)
 
 

@@ -20,9 +20,11 @@ from austeer.exporter.checkpoint import Change, Copied, copy_checkpoint, shared_
 from austeer.exporter.fold import fold_rows, fold_scale_rows
 from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
+from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.quantized_formats import Quantization, quantization_of
 from austeer.exporter.quantized_plan import locate_sites, plan_quantized, quantized_notes
 from austeer.exporter.rewrite import rewrite_checkpoint
+from austeer.exporter.routes import Route
 from austeer.exporter.settings import StoredAs
 
 
@@ -68,6 +70,7 @@ def merge_checkpoint(
     scale: float = 1.0,
     force: bool = False,
     stored: StoredAs | None = None,
+    seal: Seal | None = None,
 ) -> MergeSummary:
     """Fold `adapter` into a copy of `base`, check the touched tensors, publish it at `out`.
 
@@ -81,6 +84,7 @@ def merge_checkpoint(
         scale: factor on every γ.
         force: accept a base with another fingerprint.
         stored: other weight files than the base's.
+        seal: what `austeer.json` says besides.
 
     Raises:
         RouteError: the adapter cannot fold, the fold would change nothing, or a value leaves
@@ -94,7 +98,16 @@ def merge_checkpoint(
     with publish_directory(out) as work:
         summary = write_folded(base, adapter, work, scale=scale, force=force, stored=stored)
         verify_fold_structure(base, work, adapter, scale, touched_only=True)
-    return dataclasses.replace(summary, path=Path(out))
+        facts = ProductFacts(
+            Route.SAFETENSORS,
+            base,
+            adapter,
+            scale=scale,
+            force=force,
+            stored=stored or StoredAs(),
+        )
+        files = (*summary.files, *(seal or Seal()).close_product(work, facts))
+    return dataclasses.replace(summary, path=Path(out), files=files)
 
 
 def write_folded(

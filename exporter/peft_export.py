@@ -30,6 +30,7 @@ from austeer.exporter.peft_plan import (
     plan_peft,
 )
 from austeer.exporter.plan import describe_refusals
+from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.routes import Route
 
 CONFIG = "adapter_config.json"
@@ -80,6 +81,7 @@ def convert_peft(
     route: Route,
     scale: float = 1.0,
     force: bool = False,
+    seal: Seal | None = None,
 ) -> PeftSummary:
     """Convert `adapter` into a PEFT adapter for `base` and publish it at `out`.
 
@@ -90,6 +92,7 @@ def convert_peft(
         route: `Route.LORA` or `Route.IA3`.
         scale: factor on every γ.
         force: accept a base with another fingerprint.
+        seal: what `austeer.json` says besides.
 
     Raises:
         RouteError: the adapter cannot take this route, or would change nothing.
@@ -100,7 +103,9 @@ def convert_peft(
     """
     with publish_directory(out) as work:
         summary = write_peft(base, adapter, work, route=route, scale=scale, force=force)
-    return dataclasses.replace(summary, path=Path(out))
+        facts = ProductFacts(route, base, adapter, scale=scale, force=force)
+        files = (*summary.files, *(seal or Seal()).close_product(work, facts))
+    return dataclasses.replace(summary, path=Path(out), files=files)
 
 
 def write_peft(

@@ -14,15 +14,11 @@ from austeer.adapters._files import check_output_free, publish_directory
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
-from austeer.exporter.gguf_file import is_gguf
-from austeer.exporter.quantized_products import (
-    check_kind,
-    quantized_base,
-    verify_quantized,
-    write_quantized,
-)
+from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.provenance import ProductFacts, Seal
+from austeer.exporter.quantized_products import quantized_base, write_quantized
 from austeer.exporter.route_steps import prove_product, write_product
-from austeer.exporter.routes import Route, check_installed, check_routes, route_of
+from austeer.exporter.routes import Route, check_routes
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest
 
 if TYPE_CHECKING:
@@ -122,8 +118,9 @@ def make_product(
     progress: Progress = silent,
     *,
     path: str | None = None,
+    seal: Seal | None = None,
 ) -> dict[str, Any]:
-    """Write one product into the existing directory `folder` and prove it.
+    """Write one product into the existing directory `folder`, prove it, and seal it.
 
     Args:
         route: kind of product.
@@ -134,6 +131,7 @@ def make_product(
         handling: how it is written and proved.
         progress: called with (stage, done, total).
         path: what to call it in the report and in errors; the folder's name without it.
+        seal: what `austeer.json` says besides.
 
     Returns:
         The product's entry in `report.json`.
@@ -144,6 +142,16 @@ def make_product(
         VerificationError: the product differs from the attached model.
     """
     started, path = time.monotonic(), path or folder.name
+    facts = ProductFacts(
+        route,
+        base.folder,
+        adapter,
+        handling.scale,
+        handling.scale_as,
+        handling.force,
+        handling.stored,
+        live=True,
+    )
     handling = check_base(base, adapter, handling)
     progress(f"write {route}", 0, 1)
     write_product(route, base, adapter, folder, handling)
@@ -154,7 +162,8 @@ def make_product(
         parity = prove_product(route, base, adapter, folder, prompts, handling)
         dataclasses.replace(parity, path=path).require()
         progress(f"verify {route}", 1, 1)
-    return _row(route, path, parity, started)
+    (seal or Seal()).close_product(folder, facts)
+    return product_row(route, path, parity, started)
 
 
 def export_product(request: ProductRequest, progress: Progress = silent) -> Export:
@@ -174,8 +183,11 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
     )
     pairs = read_pairs(request.pairs) if request.pairs else []
     quantized = quantized_base(request.base, request.route)
+    if quantized is None or quantized.is_dir():
+        _check_space(request, adapter)
     if quantized is not None:
-        row = write_quantized(quantized, adapter, request.out, request.handling)
+        seal, handling = request_seal(request), request.handling
+        row = write_quantized(quantized, adapter, request.out, handling, seal)
         return Export(request.route, request.out, row)
     if request.route is not Route.ONNX and not request.handling.verify:
         return _write_unverified(request, adapter)
@@ -193,46 +205,21 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
             request.handling,
             progress,
             path=str(request.out),
+            seal=request_seal(request),
         )
     return Export(request.route, request.out, row)
 
 
-def verify_product(
-    product: Path,
-    base_options: BaseOptions,
-    adapter_name: str,
-    *,
-    scale: float = 1.0,
-    force: bool = False,
-    pairs_file: str | None = None,
-) -> Export:
-    """Compare a product on disk with its base and adapter; its row holds the figures.
+def _check_space(request: ProductRequest, adapter: SteeringAdapter) -> None:
+    """Before the model is loaded, which may take minutes."""
+    from austeer.adapters.model_directory import model_directory
+    from austeer.exporter.free_space import check_space, product_size
 
-    Raises:
-        AusteerError: product, base or adapter is unusable.
-        VerificationError: the product differs from the attached model.
-    """
-    handling = Handling(
-        scale=scale, force=force, trust_remote_code=base_options.trust_remote_code
-    )
-    if is_gguf(product):
-        check_kind(product, base_options.model)
-    route = Route.SAFETENSORS if is_gguf(product) else route_of(product)
-    check_installed(route)
-    adapter = SteeringAdapter.from_pretrained(adapter_name)
-    pairs = read_pairs(pairs_file) if pairs_file else []
-    quantized = quantized_base(base_options, route)
-    if quantized is not None:
-        return Export(route, product, verify_quantized(quantized, product, adapter, handling))
-    started = time.monotonic()
-    base = load_base(base_options)
-    prompts = verification_prompts(render_pairs(pairs, base.tokenizer))
-    handling = check_base(base, adapter, handling)
-    parity = prove_product(route, base, adapter, product, prompts, handling)
-    dataclasses.replace(parity, path=str(product)).require(
-        "is it a product of this base and adapter, at this scale?"
-    )
-    return Export(route, product, _row(route, str(product), parity, started))
+    base, route = model_directory(request.base.model, request.base.revision), request.route
+    stored = request.handling.stored
+    copies = route in (Route.SAFETENSORS, Route.CODE) and not stored.anew
+    size = product_size(route, base, adapter, request.base.dtype, stored)
+    check_space(request.out, size, Checkpoint(base).files if copies else ())
 
 
 def _write_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Export:
@@ -244,20 +231,35 @@ def _write_unverified(request: ProductRequest, adapter: SteeringAdapter) -> Expo
 
     started, route, out = time.monotonic(), request.route, request.out
     folder = model_directory(request.base.model, request.base.revision)
-    scale, force = request.handling.scale, request.handling.force
+    options: dict[str, Any] = {
+        "scale": request.handling.scale,
+        "force": request.handling.force,
+        "seal": request_seal(request),
+    }
     stored = request.handling.stored
     if route.is_peft:
-        convert_peft(folder, adapter, out, route=route, scale=scale, force=force)
+        convert_peft(folder, adapter, out, route=route, **options)
     elif route is Route.CODE:
-        export_code(folder, adapter, out, scale=scale, force=force, link=stored.link)
+        export_code(folder, adapter, out, link=stored.link, **options)
     else:
-        merge_checkpoint(folder, adapter, out, scale=scale, force=force, stored=stored)
-    return Export(route, out, _row(route, str(out), None, started))
+        merge_checkpoint(folder, adapter, out, stored=stored, **options)
+    return Export(route, out, product_row(route, str(out), None, started))
 
 
-def _row(
+def request_seal(request: ProductRequest) -> Seal:
+    """What `austeer.json` says of a product that was asked for."""
+    return Seal(
+        command=request.command,
+        model=request.base.model,
+        revision=request.base.revision,
+        sums=request.handling.sums,
+    )
+
+
+def product_row(
     route: Route, path: str, parity: ParityReport | None, started: float
 ) -> dict[str, Any]:
+    """A product's entry in `report.json`; `started` on the monotonic clock."""
     figures = parity.as_dict() if parity is not None else {}
     return figures | {
         "route": route.value,

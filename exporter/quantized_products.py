@@ -14,11 +14,13 @@ from austeer.adapters._errors import RouteError
 from austeer.adapters._files import publish_directory, publish_file
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.exporter.fold_check import StructureReport, verify_fold_structure
+from austeer.exporter.free_space import check_space
 from austeer.exporter.gguf_check import verify_gguf_structure
 from austeer.exporter.gguf_file import is_gguf, read_gguf
 from austeer.exporter.gguf_merge import check_gguf_output, merge_gguf, write_folded_gguf
 from austeer.exporter.gguf_plan import check_gguf_base, gguf_notes
 from austeer.exporter.merge import merge_checkpoint, open_base, write_folded
+from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.quantized_formats import quantization_of
 from austeer.exporter.quantized_plan import quantized_notes
 from austeer.exporter.routes import Route, route_of
@@ -51,31 +53,50 @@ def quantized_base(options: BaseOptions, route: Route) -> Path | None:
 
 
 def write_quantized(
-    base: Path, adapter: SteeringAdapter, out: Path, handling: Handling
+    base: Path,
+    adapter: SteeringAdapter,
+    out: Path,
+    handling: Handling,
+    seal: Seal | None = None,
 ) -> dict[str, Any]:
     """Fold into a quantized base, prove the result and publish it; its row for the report.
+
+    Args:
+        base: directory of a quantized checkpoint, or a GGUF file.
+        adapter: what to fold.
+        out: new directory, or file that ends in .gguf.
+        handling: how it is written and proved.
+        seal: what `austeer.json` of a directory says besides.
 
     Raises:
         AusteerError: adapter, base or output is unusable; nothing is published then.
     """
     started, gguf = time.monotonic(), is_gguf(base)
     options: dict[str, Any] = {"scale": handling.scale, "force": handling.force}
-    if not gguf:
-        options["stored"] = handling.stored
-    elif handling.stored != StoredAs():
+    if gguf and handling.stored != StoredAs():
         raise RouteError(
             f"{base}: one GGUF file of the same types comes out; leave out link, dtype and "
             "max_shard_size"
         )
+    if not gguf:
+        options["stored"] = handling.stored
     if not handling.verify:
-        summary = (merge_gguf if gguf else merge_checkpoint)(base, adapter, out, **options)
-        return _row(base, out, None, summary.notes, started)
+        if gguf:
+            notes = merge_gguf(base, adapter, out, **options).notes
+        else:
+            notes = merge_checkpoint(base, adapter, out, seal=seal, **options).notes
+        return _row(base, out, None, notes, started)
     if gguf:
         check_gguf_output(out)
+        if base.is_file():
+            check_space(out, base.stat().st_size, [base])
     with publish_file(out) if gguf else publish_directory(out) as work:
         write = write_folded_gguf if gguf else write_folded
         summary = write(base, adapter, work, **options)
         report = _verify(base, work, adapter, handling.scale)
+        if not gguf:
+            facts = ProductFacts(Route.SAFETENSORS, base, adapter, **options)
+            (seal or Seal()).close_product(work, facts)
     return _row(base, out, report, summary.notes, started)
 
 

@@ -63,10 +63,26 @@ def build_report(
     return plain
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write `report.json` and `report.md` into an existing directory."""
-    write_json(folder / REPORT_JSON, report)
-    (folder / REPORT_MARKDOWN).write_text(report_markdown(report), encoding="utf-8")
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write `report.json` and `report.md` into an existing directory, without `timings`.
+
+    What two runs with equal seeds say differently is for the terminal.
+    """
+    lasting = without_times(report)
+    write_json(folder / REPORT_JSON, lasting)
+    (folder / REPORT_MARKDOWN).write_text(report_markdown(lasting), encoding="utf-8")
+
+
+def without_times(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report without how long anything took."""
+    kept = {key: value for key, value in report.items() if key != "timings"}
+    rows = [
+        {k: v for k, v in row.items() if k != "seconds"} for row in report.get("products", ())
+    ]
+    fit = report.get("fit")
+    if isinstance(fit, Mapping):
+        kept["fit"] = {key: value for key, value in fit.items() if key != "seconds"}
+    return kept | {"products": rows}
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:

@@ -21,16 +21,22 @@ from austeer.adapters.fingerprint import checkpoint_reader, fingerprint
 from austeer.adapters.fitting.fit import fit_strength
 from austeer.adapters.localization.distributed import launched
 from austeer.adapters.localization.run import Ranking, localize
+from austeer.adapters.localization.state_file import discard_state
 from austeer.adapters.measurement.measure import make_splits
+from austeer.adapters.model_directory import model_directory
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
 from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.checkpoint import source_files
 from austeer.exporter.describe import beta_ranges
+from austeer.exporter.free_space import check_space, run_size
 from austeer.exporter.peft_export import check_peft_base
 from austeer.exporter.products import load_base, make_product, verification_prompts
+from austeer.exporter.provenance import Seal, adapter_facts, live_facts, versions
 from austeer.exporter.report import build_report, write_report
+from austeer.exporter.routes import Route
 from austeer.exporter.samples import before_and_after
 from austeer.exporter.settings import Handling, RunOptions
-from austeer.exporter.stages import load_ranking, read_texts
+from austeer.exporter.stages import load_ranking, read_texts, resumable, state_folder
 
 ADAPTER = "adapter"
 RANKING = "ranking.safetensors"
@@ -42,7 +48,7 @@ class RunReport:
 
     Attributes:
         out: the published directory.
-        values: content of its `report.json`.
+        values: content of its `report.json`, and how long each stage took.
         adapter: the adapter in it.
     """
 
@@ -68,7 +74,8 @@ def run_job(options: RunOptions, progress: Progress = silent) -> RunReport:
     """Localize, fit, write every product, prove each, and publish them with a report.
 
     Processes that torchrun or accelerate started share the localization; then the first goes
-    on alone.
+    on alone. Until the end the localization's state is in `<out>.state/`: after a stop the
+    same call goes on from there. The fit keeps no state and starts anew.
 
     Raises:
         SystemExit: in all other processes, with code 0.
@@ -95,10 +102,12 @@ class _Job:
     def __init__(self, options: RunOptions, progress: Progress) -> None:
         options.check()
         self._options, self._progress, self._clock = options, progress, _Clock()
+        self._state = state_folder(options.out)
         # Cheap and often wrong, so before the model.
         self._pairs = read_pairs(options.pairs)
         self._test = read_pairs(options.test_pairs) if options.test_pairs else None
         self._texts = read_texts(options.neutral_text)
+        self._check_space()
         with self._stage("load"):
             self._base = load_base(options.base)
         row = architecture_of(self._base.model.config.model_type)
@@ -113,23 +122,42 @@ class _Job:
 
     def run(self, whole: bool) -> RunReport:
         options = self._options
-        with launched(timedelta(minutes=options.process_timeout)) as group:
-            ranking = self._localized()
-        if not group.is_first:
-            # The others only shared the localization.
-            raise SystemExit(0)
+        with resumable(self._state):
+            with launched(timedelta(minutes=options.process_timeout)) as group:
+                if options.restart and group.is_first:
+                    discard_state(self._state)
+                ranking = self._localized()
+            if not group.is_first:
+                # The others only shared the localization.
+                raise SystemExit(0)
+            report = self._published(ranking, whole)
+        discard_state(self._state)
+        return report
+
+    def _published(self, ranking: Ranking, whole: bool) -> RunReport:
+        out = self._options.out
         try:
             with self._clock.time("fit"):
                 adapter, fit = self._fit(ranking)
         except NoEffectError as error:
             error.report = self._report(error.report)
-            with publish_directory(options.out) as work:
+            with publish_directory(out) as work:
                 write_report(error.report, work)
+                self._close(work, None)
+            discard_state(self._state)
             raise
-        with publish_directory(options.out) as work:
+        with publish_directory(out) as work:
             values = (self._write_run if whole else self._write_adapter)(adapter, fit, work)
             write_report(values, work)
-        return RunReport(options.out, values, adapter)
+            self._close(work, adapter)
+        return RunReport(out, values, adapter)
+
+    def _check_space(self) -> None:
+        options = self._options
+        base = model_directory(options.base.model, options.base.revision)
+        copied = any(route in (Route.SAFETENSORS, Route.CODE) for route in options.routes)
+        size = run_size(options.routes, base, options.max_units, options.base.dtype)
+        check_space(options.out, size, Checkpoint(base).files if copied else ())
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -150,6 +178,7 @@ class _Job:
                     make_splits(self._pairs, self._test, options.seed).fit,
                     components=options.candidates,
                     batch_size=options.batch_size,
+                    state=self._state,
                     progress=partial(self._progress, "localize"),
                 )
         return self._ranking
@@ -208,10 +237,39 @@ class _Job:
             product.mkdir()
             with self._clock.time(route.value):
                 row = make_product(
-                    route, self._base, adapter, product, prompts, handling, self._progress
+                    route,
+                    self._base,
+                    adapter,
+                    product,
+                    prompts,
+                    handling,
+                    self._progress,
+                    seal=self._seal,
                 )
             products.append(row)
         return self._report(fit, adapter, products, self._samples(adapter))
+
+    @property
+    def _seal(self) -> Seal:
+        options = self._options
+        return Seal(
+            command=options.command,
+            model=options.base.model,
+            revision=options.base.revision,
+            seed=options.seed,
+            sums=options.sums,
+        )
+
+    def _close(self, work: Path, adapter: SteeringAdapter | None) -> None:
+        seal, folder = self._seal, self._base.folder
+        facts = {
+            "options": self._options.as_dict(),
+            "data": self._data(),
+            "adapter": adapter and adapter_facts(adapter),
+            "base": seal.base_facts(folder, source_files(Checkpoint(folder))),
+            "versions": versions(None, live=True),
+        }
+        seal.close(work, facts | live_facts())
 
     def _samples(self, adapter: SteeringAdapter) -> list[dict[str, str]]:
         with self._stage("samples"):
@@ -225,19 +283,22 @@ class _Job:
         samples: Sequence[dict[str, str]] = (),
     ) -> dict[str, Any]:
         options = self._options
-        data = {"pairs": _described(options.pairs, self._pairs)}
-        if self._test is not None:
-            data["test_pairs"] = _described(options.test_pairs, self._test)
         return build_report(
             fit,
             options=options.as_dict(),
-            data=data,
+            data=self._data(),
             seconds=self._clock.seconds,
             adapter=adapter,
             products=products,
             samples=samples,
             command=options.command,
         )
+
+    def _data(self) -> dict[str, Any]:
+        data = {"pairs": _described(self._options.pairs, self._pairs)}
+        if self._test is not None:
+            data["test_pairs"] = _described(self._options.test_pairs, self._test)
+        return data
 
 
 def _described(path: str | None, pairs: list[ContrastivePair]) -> dict[str, Any]:

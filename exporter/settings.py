@@ -90,6 +90,7 @@ class Handling:
         scale_as: what the factor is in an ONNX graph: `constant`, or a graph input that is
             `required` or `optional`.
         stored: weight files of a folded checkpoint, or of one with code.
+        sums: write `SHA256SUMS`.
 
     Raises:
         RouteError: a scale that is no number, or another `scale_as`.
@@ -101,6 +102,7 @@ class Handling:
     trust_remote_code: bool = False
     scale_as: str = "constant"
     stored: StoredAs = StoredAs()
+    sums: bool = True
 
     def __post_init__(self) -> None:
         check_strength(self.scale, self.scale_as)
@@ -129,6 +131,7 @@ class ProductRequest:
         out: new directory for it.
         handling: how it is written and proved.
         pairs: file whose prompts verify the product besides the neutral ones.
+        command: the command line, for `austeer.json`.
     """
 
     base: BaseOptions
@@ -137,6 +140,7 @@ class ProductRequest:
     out: Path
     handling: Handling = Handling()
     pairs: str | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +166,8 @@ class RunOptions:
         process_timeout: minutes to wait for another process of a distributed localization.
         seed: of splits, samples and training.
         command: the command line, for the report.
+        sums: write `SHA256SUMS`.
+        restart: discard the localization's state of a stopped run.
 
     Raises:
         FitError: a number out of range.
@@ -185,6 +191,8 @@ class RunOptions:
     process_timeout: float = 30.0
     seed: int = 0
     command: str = ""
+    sums: bool = True
+    restart: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_units", "rank", "batch_size"):
@@ -210,9 +218,10 @@ class RunOptions:
         return candidate_components(self.components, self.routes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every option by name, for the report; `auto` and defaults decided."""
+        """Every option that decides what comes out, for the report; `auto` decided."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        del values["base"], values["command"]
+        for name in ("base", "command", "out", "restart", "sums"):
+            del values[name]
         decided: dict[str, Any] = {
             "strength": self.resolved_strength,
             "components": self.candidates,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -66,8 +67,8 @@ def localize_job(
     check_output_free(out)
     pairs = read_pairs(pairs_file)
     base = _loaded(base_options, progress)
-    state = out.with_name(f"{out.name}.state")
-    with launched(timedelta(minutes=timeout_minutes)) as group, _resumable(state):
+    state = state_folder(out)
+    with launched(timedelta(minutes=timeout_minutes)) as group, resumable(state):
         if restart and group.is_first:
             discard_state(state)
         ranking = localize(
@@ -95,8 +96,14 @@ def _loaded(options: BaseOptions, progress: Progress) -> Base:
     return base
 
 
+def state_folder(out: Path) -> Path:
+    """Where the state of a localization is kept until `out` is written."""
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link
+    return out.with_name(f"{out.name}.state")
+
+
 @contextmanager
-def _resumable(state: Path) -> Iterator[None]:
+def resumable(state: Path) -> Iterator[None]:
     """Let SIGTERM end the work as an interrupt does, and say what an interrupt leaves."""
 
     def stop(*_: Any) -> None:

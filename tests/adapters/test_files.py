@@ -107,6 +107,7 @@ def test_parent_that_is_a_file(tmp_path: Path) -> None:
         (errno.EDQUOT, "quota"),
         (errno.EROFS, "read-only"),
         (errno.EFBIG, "too large"),
+        (errno.EIO, "input or output error"),
     ],
 )
 def test_refusals_of_the_filesystem_become_one_line(
@@ -188,5 +189,14 @@ def test_an_errno_inside_a_librarys_message_is_found(
     with pytest.raises(OutputError, match=reason), publish_file(tmp_path / "file"):
         raise RuntimeError(f"I/O error: refused (os error {number})")
     with pytest.raises(RuntimeError), publish_file(tmp_path / "file"):
-        raise RuntimeError("I/O error: something else (os error 5)")
+        raise RuntimeError("I/O error: something else (os error 99)")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_mode_of_a_file_that_others_share_stays(tmp_path: Path, umask: int) -> None:
+    shared = tmp_path / "base"
+    shared.write_text("x")
+    shared.chmod(0o600)
+    with publish_directory(tmp_path / "out") as work:
+        os.link(shared, work / "linked")
+    assert mode(shared) == 0o600

@@ -225,7 +225,7 @@ def test_quantized_experts_are_refused(
         "{", '{"quantization_config": {"quant_method": "mxfp4"},', 1
     )
     config.write_text(text)
-    with pytest.raises(RouteError, match="mxfp4.*fold the unquantized model"):
+    with pytest.raises(RouteError, match=r"mxfp4.*fold the unquantized model"):
         merge_checkpoint(base, adapter, tmp_path / "out")
 
 

@@ -23,6 +23,7 @@ from austeer.adapters.tensors import (
     read_header,
     read_metadata,
     read_tensors,
+    write_tensors,
 )
 
 TENSORS = {
@@ -400,3 +401,28 @@ def test_malformed_index(tmp_path: Path, text: str) -> None:
     index.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ModelError, match=r"index\.json"):
         Checkpoint(tmp_path)
+
+
+def test_metadata_is_written_in_one_order(tmp_path: Path) -> None:
+    # safetensors itself writes it in any order, another one each time.
+    metadata = {"format": "x", "info": '{"γ": 1}', "version": "1", "digest": "2", "a": "3"}
+    values = {"one": np.arange(6, dtype=np.float32).reshape(2, 3), "two": np.ones(3, np.int64)}
+    written = set()
+    for number in range(8):
+        path = tmp_path / f"{number}.safetensors"
+        write_tensors(path, values, dict(sorted(metadata.items(), key=lambda _: number)))
+        written.add(path.read_bytes())
+        found, tensors = read_tensors(path)
+        assert found == metadata
+        assert all(np.array_equal(tensors[name], values[name]) for name in values)
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    assert len(written) == 1
+
+
+def test_a_file_cut_after_its_header_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"w": np.ones((4, 4), np.float32)}, {})
+    entry = read_header(path)["w"]
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(ModelError, match="it ends within w"):
+        entry.read()

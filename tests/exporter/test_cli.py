@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from austeer.adapters import NoEffectError, Ranking, SteeringAdapter
 from austeer.exporter.cli import cli
+from austeer.exporter.report import without_times
 from austeer.graphs.custom_op import library_file
 
 FIGURES = ("accuracy", "base_accuracy", "margin", "base_margin", "kl", "fluency")
@@ -116,7 +117,7 @@ def test_missing_runtime_is_refused_before_the_model(
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "/some/file"), 2, "/some/file: No space"),
         (MemoryError(), 2, "--batch-size"),
-        (NoEffectError("nothing\nhelps"), 3, "error: nothing helps\n"),
+        (NoEffectError("nothing\nhelps"), 3, "error: nothing\\nhelps\n"),
     ],
 )
 def test_errors_become_one_line(
@@ -313,14 +314,17 @@ def test_run_publishes_everything_or_says_that_nothing_helps(
     result = CliRunner().invoke(cli, [str(argument) for argument in (*arguments, *more)])
     assert result.exit_code in (0, 3), result.output
     values = as_json(result)
-    assert values == {**json.loads((out / "report.json").read_text()), "out": str(out)}
+    report = json.loads((out / "report.json").read_text())
+    assert without_times(values) == {**report, "out": str(out)}
+    assert values["timings"]["total"] > 0
     names = {path.name for path in out.iterdir()}
     if result.exit_code == 3:
-        assert names == {"report.json", "report.md"}
+        assert names == {"SHA256SUMS", "austeer.json", "report.json", "report.md"}
         assert result.stderr.startswith("error: ")
         return
     products = {"code", "safetensors"}
-    assert names == {"adapter", "ranking.safetensors", "report.json", "report.md", *products}
+    wanted = {"adapter", "ranking.safetensors", "report.json", "report.md", *products}
+    assert names == wanted | {"SHA256SUMS", "austeer.json"}
     assert SteeringAdapter.from_pretrained(out / "adapter").config.k == values["selected"]["k"]
     for product in products:
         check = ("verify", out / product, "--base", base, "--adapter", out / "adapter")
@@ -348,7 +352,8 @@ def test_run_without_effect_is_loud_and_publishes_only_a_report(
     options = ("--strength", "oriented", "--kl-budget", "1e-9", "--max-units", "4")
     arguments = ("run", base, pairs, "-o", out, "--component", "ffn", "--to", "safetensors")
     result = invoke(*arguments, *options, exit_code=3)
-    assert {path.name for path in out.iterdir()} == {"report.json", "report.md"}
+    names = {path.name for path in out.iterdir()}
+    assert names == {"SHA256SUMS", "austeer.json", "report.json", "report.md"}
     assert "budget" in result.stderr
     assert "Nothing within the budget helps" in result.stdout
     report = json.loads((out / "report.json").read_text())

@@ -86,6 +86,7 @@ def test_merge_with_code_and_verify(tmp_path: Path, base: Path, saved_adapter: P
     assert {path.name for path in out.iterdir()} == {
         *(path.name for path in base.iterdir() if path.suffix == ".json"),
         *("README.md", CODE_NAME, STEERING_NAME, INDEX, "model-00001-of-00001.safetensors"),
+        *("austeer.json", "SHA256SUMS"),
     }
     assert "trust_remote_code=True" in (out / "README.md").read_text()
 

@@ -13,7 +13,13 @@ import pytest
 
 from austeer.adapters import SteeringAdapter, Strength
 from austeer.exporter.markdown import figure_rows, number, report_markdown, table
-from austeer.exporter.report import as_json, build_report, notes, write_report
+from austeer.exporter.report import (
+    as_json,
+    build_report,
+    notes,
+    without_times,
+    write_report,
+)
 
 
 def figures(**changes: Any) -> dict[str, Any]:
@@ -33,7 +39,13 @@ def figures(**changes: Any) -> dict[str, Any]:
 def fit_part(**changes: Any) -> dict[str, Any]:
     selected = {"component": "attention", "k": 8, "alpha": None, "strength": Strength.FITTED}
     test = figures(**changes)
-    return {"selected": selected, "validation": figures(), "test": test, "reason": None}
+    return {
+        "selected": selected,
+        "validation": figures(),
+        "test": test,
+        "fit": {"ranking_on_fit_split": True},
+        "reason": None,
+    }
 
 
 @pytest.fixture
@@ -82,9 +94,14 @@ def test_keys_are_those_of_the_design(adapter: SteeringAdapter) -> None:
 
 def test_files_hold_the_report(tmp_path: Path, adapter: SteeringAdapter) -> None:
     values = report(adapter, fit_part())
+    values["products"][0]["seconds"] = values["fit"]["seconds"] = 2.5
     write_report(values, tmp_path)
-    assert json.loads((tmp_path / "report.json").read_text()) == values
-    assert (tmp_path / "report.md").read_text() == report_markdown(values)
+    lasting = without_times(values)
+    assert json.loads((tmp_path / "report.json").read_text()) == lasting
+    assert (tmp_path / "report.md").read_text() == report_markdown(lasting)
+    assert "timings" in values and "timings" not in lasting
+    assert "seconds" not in (tmp_path / "report.json").read_text()
+    assert "seconds" not in (tmp_path / "report.md").read_text()
 
 
 def test_numbers_that_are_not_finite_become_null(

@@ -1,0 +1,236 @@
+"""Checks products of models too large to run: W'·x == g_out ⊙ W·(g_in ⊙ x) on random x.
+
+Each touched projection is read from both sides' files and applied to random input in float64.
+What may differ is stated, row by row: every stored number may be off by one rounding of its
+dtype, u relative or s below its normals, so that with n columns, in float64,
+
+    |W'·x − W·(g ⊙ x)| ≤ Σ (u |g W| + s) |x|  +  2 n 2⁻⁵³ Σ |g W| |x|
+
+and for a LoRA, whose two factors are both rounded, 2u Σ |B| |A| |x| besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+from austeer.adapters._errors import RouteError, VerificationError
+from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.tensors import Checkpoint, read_tensors
+from austeer.exporter.code_check import verify_code_structure
+from austeer.exporter.fold import round_once
+from austeer.exporter.fold_check import touched_gains, verify_fold_structure
+from austeer.exporter.routes import Route
+
+Array = np.ndarray[Any, Any]
+_BLOCK = 1 << 22  # values that are float64 at one time
+_EXACT = 2.0**-53
+_FLOAT32 = 2.0**-24
+_NORMAL = 2.0**-126  # smallest normal float32: numbers below it round by u times this
+_SEED = 20261122
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructureProof:
+    """Result of `prove_structure`.
+
+    Attributes:
+        touched: names of the tensors or modules that carry gains.
+        identical: number of other tensors, found to have the base's bytes.
+        random_error: largest error on random input, 1 = what rounding can do at most; None
+            where no weight is touched.
+        steering: largest change of a projection's output that the gains make.
+    """
+
+    touched: tuple[str, ...]
+    identical: int
+    random_error: float | None
+    steering: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pair:
+    """One projection, rows of outputs: the base's weight, the gains, and the product's.
+
+    `added` is the product's B and A for a LoRA, whose weight is the base's own.
+    """
+
+    name: str
+    before: Array
+    after: Array
+    row_gain: Float[np.ndarray, " rows"]
+    column_gain: Float[np.ndarray, " columns"]
+    stored_gain: Float[np.ndarray, " columns"] | None = None
+    added: tuple[Array, Array] | None = None
+
+
+def prove_structure(
+    route: Route, base: Path, folder: Path, adapter: SteeringAdapter, scale: float = 1.0
+) -> StructureProof:
+    """Prove from the files alone that `folder` is `base` steered by `adapter`.
+
+    Memory is that of two tensors; no model is built.
+
+    Args:
+        route: kind of product.
+        base: directory of the base checkpoint, whose fingerprint was checked.
+        folder: directory of the product.
+        adapter: what steers it.
+        scale: factor on every γ.
+
+    Raises:
+        RouteError: an ONNX graph, which proves nothing unless it runs.
+        VerificationError: a difference; names the tensor.
+        ModelError: one of the two cannot be read.
+    """
+    if route is Route.ONNX:
+        raise RouteError(
+            "route onnx: a graph is proved by running it; leave --structure-only out, or fold "
+            "into safetensors what no machine here can run"
+        )
+    if route is Route.CODE:
+        verify_code_structure(base, folder, adapter, scale)
+        return StructureProof(
+            touched=(), identical=len(Checkpoint(base)), random_error=None, steering=None
+        )
+    identical = 0
+    if route is Route.SAFETENSORS:
+        identical = verify_fold_structure(base, folder, adapter, scale).identical
+        pairs = _folded_pairs(base, folder, adapter, scale)
+    else:
+        pairs = _peft_pairs(base, folder, adapter, scale)
+    return _prove(pairs, folder, identical)
+
+
+def _prove(pairs: Iterator[_Pair], folder: Path, identical: int) -> StructureProof:
+    rng = np.random.default_rng(_SEED)
+    touched, worst, steering = [], 0.0, 0.0
+    for pair in pairs:
+        error, moved = _errors(pair, rng.standard_normal(pair.before.shape[1]))
+        if not error <= 1.0:
+            raise VerificationError(
+                f"{folder}: {pair.name}: on random x its output is not that of the base's "
+                f"weight on steered x: off by {error:.3g} times what rounding explains; make "
+                "it again"
+            )
+        touched.append(pair.name)
+        worst, steering = max(worst, error), max(steering, moved)
+    if not steering > 0.0:
+        raise VerificationError(f"{folder}: its gains change no output; it is not steered")
+    return StructureProof(
+        touched=tuple(touched), identical=identical, random_error=worst, steering=steering
+    )
+
+
+def _errors(pair: _Pair, x: Float[np.ndarray, " columns"]) -> tuple[float, float]:
+    """Largest error over its bound, and largest change against the base's own output."""
+    unit, spacing = _rounding(pair)
+    stored_x = x if pair.stored_gain is None else x * pair.stored_gain
+    inner = outer = np.zeros(0)
+    if pair.added is not None:
+        B, A = (part.astype(np.float64) for part in pair.added)
+        inner = B @ (A @ x)
+        outer = (np.abs(B) + _NORMAL) @ ((np.abs(A) + _NORMAL) @ np.abs(x))
+    columns = len(x)
+    worst = moved = 0.0
+    for rows in _blocks(*pair.before.shape):
+        base = pair.before[rows].astype(np.float64)
+        gain = pair.row_gain[rows]
+        wanted = gain * (base @ (pair.column_gain * x))
+        peak = np.abs(gain) * (np.abs(base) @ np.abs(pair.column_gain * x))
+        found = pair.after[rows].astype(np.float64) @ stored_x
+        bound = unit * peak + spacing * np.abs(x).sum() + 2 * columns * _EXACT * peak
+        if pair.added is not None:
+            found = found + inner[rows]
+            slack = 2 * _FLOAT32 + 4 * columns * _EXACT
+            bound += slack * outer[rows] + 4 * columns * _EXACT * (np.abs(base) @ np.abs(x))
+        # Also where both are zero: a bound of 0 asks for equality.
+        over = np.abs(found - wanted) / np.maximum(bound, np.finfo(np.float64).tiny)
+        worst = max(worst, float(over.max(initial=0.0)))
+        moved = max(moved, float(np.abs(wanted - base @ x).max(initial=0.0)))
+    return worst, moved
+
+
+def _rounding(pair: _Pair) -> tuple[float, float]:
+    """Largest relative error of the stored numbers, and largest error below the normals."""
+    if pair.added is not None:
+        return 0.0, 0.0
+    if pair.stored_gain is not None:
+        return _FLOAT32, 0.0
+    facts = ml_dtypes.finfo(pair.after.dtype)
+    return float(facts.eps) / 2, float(facts.smallest_subnormal)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+def _folded_pairs(
+    base: Path, folder: Path, adapter: SteeringAdapter, scale: float
+) -> Iterator[_Pair]:
+    """Touched tensors as matrices over their last axis; a bias is a column."""
+    before, after = Checkpoint(base), Checkpoint(folder)
+    for name, by_axis in touched_gains(adapter, before, scale):
+        old, new = before[name].read(), after[name].read()
+        if old.dtype != new.dtype:
+            old = round_once(old.astype(np.float64), new.dtype)
+        shape = old.shape if old.ndim > 1 else (*old.shape, 1)
+        rows = np.ones(shape[:-1])
+        for axis, gain in by_axis.items():
+            if axis < rows.ndim:
+                rows = rows * gain.reshape([-1 if axis == i else 1 for i in range(rows.ndim)])
+        columns = by_axis.get(len(shape) - 1, np.ones(shape[-1]))
+        old, new = old.reshape(-1, shape[-1]), new.reshape(-1, shape[-1])
+        yield _Pair(name, old, new, rows.reshape(-1), columns)
+
+
+def _peft_pairs(
+    base: Path, folder: Path, adapter: SteeringAdapter, scale: float
+) -> Iterator[_Pair]:
+    before, architecture = Checkpoint(base), adapter.architecture
+    _, stored = read_tensors(folder / "adapter_model.safetensors")
+    gains = dict(touched_gains(adapter, before, scale))
+    modules = sorted({architecture.projection(s.site) for s in adapter.sites})
+    for module in modules:
+        entry = before.find(architecture.disk_names(f"{module}.weight"))
+        if entry is None:
+            continue
+        by_axis, weight = gains[entry.name], entry.read()
+        output, given = by_axis.get(0), by_axis.get(1)
+        if architecture.transposed:
+            weight, output, given = weight.T, given, output
+        row = np.ones(weight.shape[0]) if output is None else output
+        column = np.ones(weight.shape[1]) if given is None else given
+        yield _peft_pair(module, weight, row, column, stored, folder)
+
+
+def _peft_pair(
+    module: str,
+    weight: Array,
+    row: Array,
+    column: Array,
+    stored: dict[str, Array],
+    folder: Path,
+) -> _Pair:
+    prefix = f"base_model.model.{module}"
+    vector = stored.get(f"{prefix}.ia3_l")
+    if vector is not None:
+        values = vector.astype(np.float64).reshape(-1)
+        if vector.shape[0] == 1:
+            return _Pair(module, weight, weight, row, column, stored_gain=values)
+        # An output-side vector scales rows: the transposed projection's columns.
+        return _Pair(module, weight.T, weight.T, column, row, stored_gain=values)
+    names = [f"{prefix}.lora_{side}.weight" for side in "BA"]
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise VerificationError(f"{folder}: {missing[0]} is not in it; convert it again")
+    added = (stored[names[0]], stored[names[1]])
+    return _Pair(module, weight, weight, row, column, added=added)
