@@ -228,6 +228,17 @@ def _rounding(dtype: np.dtype[Any]) -> tuple[float, float]:
     return float(facts.eps) / 2, float(facts.smallest_subnormal)
 
 
+def converted_dtype(base: Path, folder: Path) -> str | None:
+    """Name of the torch dtype that a fold of `base` gave all weights, None if it kept them.
+
+    Raises:
+        VerificationError: it has other tensors than the base.
+        ModelError: one of the two cannot be read.
+    """
+    names = {stored: name for name, stored in STORED_DTYPES.items()}
+    return names.get(_check_same_tensors(Checkpoint(base), Checkpoint(folder)) or "")
+
+
 def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> str | None:
     """Refuse other names, shapes or dtypes; the dtype that all float tensors got, if any."""
     dtypes = {entry.dtype for entry in after.values() if entry.dtype in FOLDABLE_DTYPES}

@@ -10,6 +10,7 @@ from typing import Any
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.model_directory import model_directory
 from austeer.adapters.pairs import read_pairs, render_pairs
+from austeer.exporter.fold_check import converted_dtype
 from austeer.exporter.gguf_file import is_gguf
 from austeer.exporter.merge import open_base
 from austeer.exporter.products import (
@@ -110,6 +111,11 @@ def _parity_row(
     )
     read = read_pairs(pairs) if pairs else []
     started = time.monotonic()
+    if route is Route.SAFETENSORS and base_options.dtype is None:
+        folder = model_directory(base_options.model, base_options.revision)
+        # A base rounded as the product was is what it steers.
+        dtype = converted_dtype(folder, product)
+        base_options = dataclasses.replace(base_options, dtype=dtype)
     base = load_base(base_options)
     prompts = verification_prompts(render_pairs(read, base.tokenizer))
     handling = check_base(base, adapter, handling)

@@ -219,5 +219,7 @@ def test_command_converts_proves_and_verifies(
     assert json.loads(made.stdout)["verified"]
     assert {tensor.dtype for tensor in tensors(out).values()} == {torch.bfloat16}
     again = ["verify", str(out), "--base", str(base), "--adapter", str(tmp_path / "adapter")]
-    checked = CliRunner().invoke(cli, [*again, *options])
-    assert checked.exit_code == 0, checked.output
+    for given in (options, options[2:], ["--structure-only", "--json"]):
+        checked = CliRunner().invoke(cli, [*again, *given])
+        assert checked.exit_code == 0, checked.output
+        assert json.loads(checked.stdout)["verified"]
