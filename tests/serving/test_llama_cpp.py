@@ -40,13 +40,15 @@ def convert(llama: Any, tmp_path: Path) -> Convert:
     """Runs one of llama.cpp's converters on a folder; gives the .gguf."""
     root = Path(os.environ["LLAMA_CPP"]).resolve()
 
+    path = [str(root / "gguf-py"), os.environ.get("PYTHONPATH", "")]
+
     def run(kind: str, folder: Path, *arguments: object) -> Path:
         out = tmp_path / f"{folder.name}.gguf"
         script = root / f"convert_{kind}_to_gguf.py"
         command = [sys.executable, script, folder, *arguments, "--outtype", "f32"]
         done = subprocess.run(
             [*map(str, command), "--outfile", str(out)],
-            env=os.environ | {"PYTHONPATH": str(root / "gguf-py")},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
@@ -74,7 +76,7 @@ def prompts(shared: Path) -> list[list[int]]:
 def adapter(request: pytest.FixtureRequest, model: Any) -> SteeringAdapter:
     layers = [layer for layer in range(5) for _ in range(4)]
     units = [3, 17, 31, 55] * 5
-    gamma = [1.4, -1.2, 0.9, -0.7] * 5
+    gamma = [2.8, -2.4, 1.8, -1.4] * 5
     return SteeringAdapter.from_units(model, request.param, layers, units, gamma)
 
 
