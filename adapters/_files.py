@@ -124,7 +124,8 @@ def refuse_foreign_link(path: Path, root: Path, error: type[AusteerError]) -> No
     """Refuse to copy what a link in a model's directory brings in from elsewhere.
 
     A product is made to be given away, and a stranger's link may name any file of this
-    machine. Links of a Hub cache, from `snapshots/` into the `blobs/` beside it, are followed.
+    machine. Links of a Hub cache are followed, from `snapshots/` into the `blobs/` beside it
+    and the one of the whole cache.
 
     Args:
         path: a file below `root`.
@@ -135,8 +136,13 @@ def refuse_foreign_link(path: Path, root: Path, error: type[AusteerError]) -> No
         AusteerError: of class `error`.
     """
     found, whole = path.resolve(), root.resolve()
-    caches = [x.parent / "blobs" for x in whole.parents if x.name == "snapshots"]
-    if not any(found.is_relative_to(place) for place in (whole, *caches)):
+    places = [whole]
+    for repository in (x.parent for x in whole.parents if x.name == "snapshots"):
+        places.append((repository / "blobs").resolve())
+        if repository.name.startswith("models--"):
+            # Newer caches keep one file for all repositories that have it.
+            places.append((repository.parent / "blobs").resolve())
+    if not any(found.is_relative_to(place) for place in places):
         raise error(
             f"{path}: is a link out of the model's directory, to {found}; "
             "put the file itself there, if it is to be copied"

@@ -126,7 +126,8 @@ storage_options = together(
         "base's files, too.",
     ),
     click.option(
-        "--max-shard-size", callback=lambda _, __, text: text and parse_size(text),
+        "--max-shard-size",
+        callback=lambda _, __, text: None if text is None else parse_size(text),
         help="Write the weights anew in files of at most this size, such as 5GB.  "
         "[default: the base's files]",
     ),
@@ -150,9 +151,9 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if found is not None:
         step = 1024 if found[3] else 1000
-        size = int(float(found[1]) * step ** " KMGT".index(found[2].upper() or " "))
-        if size > 0:
-            return size
+        size = float(found[1]) * step ** " KMGT".index(found[2].upper() or " ")
+        if 1 <= size < 2**63:
+            return int(size)
     raise click.BadParameter(f"expected a size such as 5GB or 500MiB, got {text!r}")
 
 

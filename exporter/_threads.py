@@ -24,8 +24,8 @@ def run_in_threads(tasks: Sequence[Callable[[Event], T]]) -> list[T]:
     """
     stopped = Event()
     with ThreadPoolExecutor(min(_MOST, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(task, stopped) for task in tasks]
         try:
+            futures = [pool.submit(task, stopped) for task in tasks]
             for future in as_completed(futures):
                 future.result()
         except BaseException:

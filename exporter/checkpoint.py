@@ -120,7 +120,8 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, *, index: bool = True)
         OSError: the copy cannot be written.
     """
     names = []
-    for source in list(_companions(checkpoint)):
+    check_companions(checkpoint)
+    for source in _wanted_files(checkpoint):
         if source.name == INDEX and not index:
             continue
         name = source.relative_to(checkpoint.root)
@@ -154,12 +155,19 @@ def link_file(source: Path, target: Path, stopped: Event | None = None) -> int:
 
 
 def source_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files of a base that `copy_checkpoint` copies, sorted.
+    """The files of a base that `copy_checkpoint` copies, or would but for a link, sorted."""
+    companions = (path for path in _wanted_files(checkpoint) if path.is_file())
+    return sorted([*checkpoint.files, *companions])
+
+
+def check_companions(checkpoint: Checkpoint) -> None:
+    """Refuse a base of which `copy_checkpoint` would not copy everything.
 
     Raises:
         ModelError: a link to nothing, or out of the model's directory.
     """
-    return sorted([*checkpoint.files, *_companions(checkpoint)])
+    for path in _wanted_files(checkpoint):
+        _existing(path, checkpoint.root)
 
 
 def copy_file(
@@ -167,10 +175,19 @@ def copy_file(
     target: Path,
     stopped: Event | None = None,
     changes: Iterable[tuple[TensorEntry, Change]] = (),
+    *,
+    existing: bool = False,
 ) -> int:
     """Copy content, never mode or links; the kernel clones blocks where it can.
 
     Leaves a part of the file once `stopped` is set.
+
+    Args:
+        source: what to copy.
+        target: a new file.
+        stopped: ends the copying.
+        changes: what to do to tensors of it.
+        existing: `target` is an empty file that is there.
 
     Returns:
         How many values were changed.
@@ -180,7 +197,10 @@ def copy_file(
         OSError: `target` exists or cannot be written.
     """
     changed = position = 0
-    with _open_source(source) as read, target.open("xb", buffering=0) as write:
+    with (
+        _open_source(source) as read,
+        target.open("r+b" if existing else "xb", buffering=0) as write,
+    ):
         size = os.fstat(read.fileno()).st_size
         for entry, change in sorted(changes, key=lambda one: one[0].start):
             _copy_range(read, write, position, entry.start, stopped)
@@ -257,14 +277,12 @@ def shared_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     return {name: tuple(sorted(names - {name})) for names in groups.values() for name in names}
 
 
-def _companions(checkpoint: Checkpoint) -> Iterator[Path]:
+def _wanted_files(checkpoint: Checkpoint) -> Iterator[Path]:
     root = checkpoint.root
     sharded = checkpoint.files != [root / SINGLE]
-    for path in sorted(root.iterdir()):
-        if _wanted(path, sharded):
-            yield _existing(path, root)
+    yield from (path for path in sorted(root.iterdir()) if _wanted(path, sharded))
     if (root / _TEMPLATES).is_dir():
-        yield from (_existing(x, root) for x in sorted((root / _TEMPLATES).glob("*.jinja")))
+        yield from sorted((root / _TEMPLATES).glob("*.jinja"))
 
 
 def _wanted(path: Path, sharded: bool) -> bool:

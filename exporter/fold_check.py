@@ -241,8 +241,7 @@ def converted_dtype(base: Path, folder: Path) -> str | None:
 
 def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> str | None:
     """Refuse other names, shapes or dtypes; the dtype that all float tensors got, if any."""
-    dtypes = {entry.dtype for entry in after.values() if entry.dtype in FOLDABLE_DTYPES}
-    converted = dtypes.pop() if len(dtypes) == 1 else None
+    converted = _only_dtype(after)
     facts = [
         {name: (_dtype_in(entry, converted), entry.shape) for name, entry in found.items()}
         for found in (before, after)
@@ -260,6 +259,12 @@ def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> str | None:
     return converted if changed else None
 
 
+def _only_dtype(checkpoint: Checkpoint) -> str | None:
+    """The dtype of all float tensors, None where they have several."""
+    found = {entry.dtype for entry in checkpoint.values()} & set(FOLDABLE_DTYPES)
+    return found.pop() if len(found) == 1 else None
+
+
 def _dtype_in(entry: TensorEntry, converted: str | None) -> str:
     return converted if converted and entry.dtype in FOLDABLE_DTYPES else entry.dtype
 
@@ -268,10 +273,10 @@ def _check_same_config(base: Path, folder: Path, *, converted: str | None) -> No
     expected, found = (
         read_json(root / "config.json", ModelError, _WHOLE) for root in (base, folder)
     )
-    if converted is not None:
-        names = {stored: name for name, stored in STORED_DTYPES.items()}
-        expected = name_dtype(expected, names.get(converted))
-    if found != expected:
+    dtype = converted or _only_dtype(Checkpoint(folder))
+    named = name_dtype(expected, {v: k for k, v in STORED_DTYPES.items()}.get(dtype or ""))
+    # A base whose config names another dtype than it has is put right where one was asked for.
+    if found != named and (converted or found != expected):
         raise VerificationError(f"{folder}/config.json: differs from the base's")
 
 

@@ -119,19 +119,26 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def as_json(value: Any) -> Any:
-    """`value` as plain JSON types: numpy scalars unpacked, NaN and infinities as null."""
+    """`value` as plain JSON types: numpy scalars unpacked, NaN and infinities as null.
+
+    What is no text in UTF-8, such as the name of a file, is escaped.
+    """
     if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
+        return {as_json(str(key)): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
     if isinstance(value, str) or value is None or isinstance(value, (bool, int)):
         # Enumerations of text are text, but must not print as members.
-        return str(value) if isinstance(value, str) else value
+        return _text(value) if isinstance(value, str) else value
     if hasattr(value, "tolist"):
         return as_json(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return str(value)
+    return _text(str(value))
+
+
+def _text(value: str) -> str:
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _ranking_saw_test(report: Mapping[str, Any]) -> bool:

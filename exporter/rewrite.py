@@ -18,6 +18,7 @@ import numpy as np
 
 from austeer.adapters._errors import ModelError, RouteError
 from austeer.adapters._files import read_json, write_json
+from austeer.adapters._json import is_writable
 from austeer.adapters.tensors import (
     DTYPES,
     INDEX,
@@ -81,7 +82,12 @@ def rewrite_checkpoint(
     """
     shards = _shards(checkpoint, stored)
     names = _file_names(shards, stored)
-    metadata = {file: read_metadata(file) for file in checkpoint.files}
+    metadata = {
+        file: {
+            key: text for key, text in read_metadata(file).items() if is_writable([key, text])
+        }
+        for file in checkpoint.files
+    }
     tasks: list[Callable[[Event], int]] = [
         partial(_write_shard, folder / name, tensors, metadata, edits)
         for name, tensors in zip(names, shards, strict=True)
@@ -90,11 +96,16 @@ def rewrite_checkpoint(
         tasks.insert(0, lambda _: check() or 0)
     copied = copy_companions(checkpoint, folder, index=False)
     changed = sum(run_in_threads(tasks))
-    if len(names) > 1:
+    if names != [SINGLE]:
         _write_index(checkpoint, folder, names, shards)
         names.append(INDEX)
     if stored.dtype is not None:
         config = read_json(folder / "config.json", ModelError, "")
+        if not is_writable(config):
+            raise ModelError(
+                f"{checkpoint.root}/config.json: holds NaN, infinity or half of a surrogate "
+                "pair, which JSON has no way to write; fetch the model again"
+            )
         write_json(folder / "config.json", name_dtype(config, stored.dtype))
     return Copied(tuple(sorted([*names, *copied])), changed)
 
@@ -200,14 +211,15 @@ def _write_index(
     shards: Sequence[Sequence[_Tensor]],
 ) -> None:
     known = checkpoint.root / INDEX
-    metadata = read_json(known, ModelError, "").get("metadata") if known.is_file() else None
+    found = read_json(known, ModelError, "").get("metadata") if known.is_file() else None
+    metadata = found if isinstance(found, dict) and is_writable(found) else {}
     sizes = sum(tensor.size for shard in shards for tensor in shard)
     weight_map = {
         tensor.entry.name: name
         for name, shard in zip(names, shards, strict=True)
         for tensor in shard
     }
-    metadata = (metadata or {}) | {"total_size": sizes}
+    metadata = metadata | {"total_size": sizes}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 

@@ -26,9 +26,10 @@ from austeer.adapters.measurement.measure import make_splits
 from austeer.adapters.model_directory import model_directory
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.checkpoint import source_files
+from austeer.exporter.checkpoint import check_companions, source_files
 from austeer.exporter.describe import beta_ranges
 from austeer.exporter.free_space import check_space, run_size
+from austeer.exporter.merge import refuse_quantized
 from austeer.exporter.peft_export import check_peft_base
 from austeer.exporter.products import load_base, make_product, verification_prompts
 from austeer.exporter.provenance import Seal, adapter_facts, live_facts, versions
@@ -115,10 +116,21 @@ class _Job:
         taken = tuple(component for component in options.candidates if component in there)
         self._options = options = dataclasses.replace(options, components=taken)
         self._ranking = load_ranking(options.ranking, options.candidates)
+        self._refuse_base()
         for route in options.routes:
             check_peft_base(self._base.folder, route, options.candidates)
         self._pairs = render_pairs(self._pairs, self._base.tokenizer)
         self._test = render_pairs(self._test, self._base.tokenizer) if self._test else None
+
+    def _refuse_base(self) -> None:
+        """What a product would be refused for, before the fit is paid for."""
+        folder, routes = self._base.folder, set(self._options.routes)
+        if routes - {Route.ONNX}:
+            refuse_quantized(
+                folder, "fit the unquantized model, then merge the adapter into this one"
+            )
+        if routes & {Route.SAFETENSORS, Route.CODE}:
+            check_companions(Checkpoint(folder))
 
     def run(self, whole: bool) -> RunReport:
         options = self._options

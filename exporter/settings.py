@@ -132,6 +132,9 @@ class ProductRequest:
         handling: how it is written and proved.
         pairs: file whose prompts verify the product besides the neutral ones.
         command: the command line, for `austeer.json`.
+
+    Raises:
+        RouteError: weight files in another form on a route that has none.
     """
 
     base: BaseOptions
@@ -141,6 +144,16 @@ class ProductRequest:
     handling: Handling = Handling()
     pairs: str | None = None
     command: str = ""
+
+    def __post_init__(self) -> None:
+        stored, route = self.handling.stored, self.route
+        if route is not Route.SAFETENSORS and (
+            stored.anew or (stored.link and route is not Route.CODE)
+        ):
+            raise RouteError(
+                f"route {route}: dtype and max_shard_size are for folded checkpoints, link for "
+                "those and for checkpoints with code; leave them out"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

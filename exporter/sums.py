@@ -10,18 +10,20 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import TypeVar
 
 from austeer.adapters._errors import VerificationError
 from austeer.adapters._files import publish_file
+from austeer.exporter._threads import run_in_threads
 
 Digest = TypeVar("Digest")
 
 SUMS_NAME = "SHA256SUMS"
-_THREADS = 8
+_CHUNK = 1 << 20
 _LINE = re.compile(rb"(\\?)([0-9a-f]{64}) [ *](.+)", re.DOTALL)
 _ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
 _ESCAPED = {escape: plain for plain, escape in _ESCAPES.items()}
@@ -122,7 +124,7 @@ def require_sums(folder: Path) -> int | None:
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of each file in hexadecimal digits; several at once, 256 KiB of each in memory.
+    """SHA-256 of each file in hexadecimal digits; some at once, 1 MiB of each in memory.
 
     Raises:
         OSError: a file cannot be read.
@@ -130,31 +132,34 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     return _mapped(file_digest, paths)
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of one file, in hexadecimal digits.
+def file_digest(path: Path, stopped: Event | None = None) -> str:
+    """SHA-256 of one file, in hexadecimal digits; of a part of it once `stopped` is set.
 
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while (data := stream.read(_CHUNK)) and not (stopped and stopped.is_set()):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _found_digests(paths: Sequence[Path]) -> list[str | None]:
-    def digest(path: Path) -> str | None:
+    def digest(path: Path, stopped: Event) -> str | None:
         try:
-            return file_digest(path)
+            return file_digest(path, stopped)
         except OSError:
             return None
 
     return _mapped(digest, paths)
 
 
-def _mapped(digest: Callable[[Path], Digest], paths: Sequence[Path]) -> list[Digest]:
+def _mapped(digest: Callable[[Path, Event], Digest], paths: Sequence[Path]) -> list[Digest]:
     # hashlib lets other threads run; with the largest first, none is left alone at the end.
     order = sorted(range(len(paths)), key=lambda i: -_size(paths[i]))
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        found = dict(zip(order, pool.map(digest, [paths[i] for i in order]), strict=True))
+    tasks = [partial(digest, paths[i]) for i in order]
+    found = dict(zip(order, run_in_threads(tasks), strict=True))
     return [found[i] for i in range(len(paths))]
 
 

@@ -289,6 +289,20 @@ def test_what_a_stranger_wrote_about_the_fit_is_left_out(
         assert "\x1b" not in result.output
 
 
+def test_names_that_are_no_text_do_no_harm(tmp_path: Path, base: Path, adapter: Path) -> None:
+    import os
+
+    odd = tmp_path / os.fsdecode(b"b\xe9se")
+    base.rename(odd)
+    (odd / os.fsdecode(b"caf\xe9.json")).write_text("{}")
+    out = tmp_path / "out"
+    arguments = ("merge", odd, adapter, "-o", out, "--no-verify")
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert "b\\udce9se" in json.loads((out / "austeer.json").read_text())["base"]["model"]
+    assert (out / os.fsdecode(b"caf\xe9.json")).is_file()
+
+
 def test_a_link_out_of_the_base_is_not_published(
     tmp_path: Path, base: Path, adapter: Path
 ) -> None:
@@ -299,7 +313,7 @@ def test_a_link_out_of_the_base_is_not_published(
     refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
     (base / "config.json").unlink()
     (base / "config.json").symlink_to("/dev/zero")
-    says = ("config.json", "expected a file or a link to one")
+    says = ("config.json", "not a regular file")
     refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
 
 

@@ -17,7 +17,14 @@ from safetensors.numpy import save_file
 
 from austeer.adapters import ModelError, tensors
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.checkpoint import Change, copy_checkpoint, copy_file, shared_names
+from austeer.exporter.checkpoint import (
+    Change,
+    check_companions,
+    copy_checkpoint,
+    copy_file,
+    shared_names,
+    source_files,
+)
 
 TAKEN = (
     "LICENSE",
@@ -168,6 +175,34 @@ def test_a_note_of_shared_names_that_is_no_text(tmp_path: Path, note: Any) -> No
         shared_names(Checkpoint(tmp_path))
 
 
+def test_links_of_a_cache_that_repositories_share(
+    base: Path, tmp_path: Path, out: Path
+) -> None:
+    """huggingface_hub 2.4: a repository's blobs are links to those of the whole cache."""
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--a--b" / "snapshots" / "0123"
+    own, shared = cache / "models--a--b" / "blobs", cache / "blobs" / "ab"
+    for folder in (snapshot, own, shared):
+        folder.mkdir(parents=True)
+    for path in base.iterdir():
+        if path.is_file():
+            path.rename(shared / path.name)
+            (own / path.name).symlink_to(os.path.relpath(shared / path.name, own))
+            (snapshot / path.name).symlink_to(os.path.relpath(own / path.name, snapshot))
+    names = copy_checkpoint(Checkpoint(snapshot), out).names
+    assert {"config.json", "model.safetensors", "vocab.json"} <= set(names)
+
+
+def test_facts_of_a_base_need_no_copies(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("{}")
+    (base / "linked.json").symlink_to(tmp_path / "elsewhere")
+    (base / "gone.json").symlink_to(tmp_path / "gone")
+    names = {path.name for path in source_files(Checkpoint(base))}
+    assert "linked.json" in names and "gone.json" not in names
+    with pytest.raises(ModelError, match=r"gone\.json|linked\.json"):
+        check_companions(Checkpoint(base))
+
+
 def test_dangling_link_is_named(base: Path, out: Path) -> None:
     (base / "vocab.json").unlink()
     (base / "vocab.json").symlink_to(base / "gone")
@@ -207,7 +242,7 @@ def test_a_change_touches_one_tensor_and_is_counted(base: Path, out: Path) -> No
 def test_changes_come_in_blocks_of_rows(
     base: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "_BLOCK", 33)
+    monkeypatch.setattr(tensors, "_BLOCK", 9)
     seen = []
 
     def negate(rows: np.ndarray[Any, Any], first: int) -> int:

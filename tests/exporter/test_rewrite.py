@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from austeer.adapters import ModelError, RouteError, SteeringAdapter
+from austeer.adapters import ModelError, RouteError, SteeringAdapter, VerificationError
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter._options import parse_size
 from austeer.exporter.cli import cli
@@ -85,6 +85,59 @@ def test_the_base_converted_and_folded(
     verify_fold_structure(base, out, adapter)
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert model.dtype == (DTYPES[dtype] if dtype else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_tensors_are_compared_row_by_row(
+    saved_model: Callable[..., Path],
+    adapter: SteeringAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+) -> None:
+    monkeypatch.setattr("austeer.adapters.tensors._BLOCK", 100)
+    out = tmp_path / "out"
+    merge_checkpoint(saved_model("llama"), adapter, out, stored=StoredAs(dtype=dtype))
+    verify_fold_structure(saved_model("llama"), out, adapter)
+
+
+def test_a_single_file_of_an_index_keeps_it(
+    saved_model: Callable[..., Path], adapter: SteeringAdapter, tmp_path: Path
+) -> None:
+    base = saved_model("llama")
+    only = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / only)
+    index = {"metadata": "none", "weight_map": dict.fromkeys(tensors(base), only)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    merge_checkpoint(base, adapter, tmp_path / "out", stored=StoredAs(dtype="bfloat16"))
+    assert len(Checkpoint(tmp_path / "out")) == len(Checkpoint(base))
+
+
+def test_a_config_that_names_the_wrong_dtype_is_put_right(
+    saved_model: Callable[..., Path], adapter: SteeringAdapter, tmp_path: Path
+) -> None:
+    base = saved_model("llama")
+    config = json.loads((base / "config.json").read_text())
+    key = next(key for key in ("dtype", "torch_dtype") if key in config)
+    (base / "config.json").write_text(json.dumps(config | {key: "float16"}))
+    merge_checkpoint(base, adapter, tmp_path / "plain")
+    merge_checkpoint(base, adapter, tmp_path / "out", stored=StoredAs(dtype="float32"))
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())[key] == "float16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[key] == "float32"
+    wrong = json.dumps(config | {key: "bfloat16"})
+    (tmp_path / "out" / "config.json").write_text(wrong)
+    with pytest.raises(VerificationError, match="differs from the base's"):
+        verify_fold_structure(base, tmp_path / "out", adapter)
+
+
+def test_what_json_cannot_write_is_named(
+    saved_model: Callable[..., Path], adapter: SteeringAdapter, tmp_path: Path
+) -> None:
+    base = saved_model("llama")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"limit": float("inf")}))
+    with pytest.raises(ModelError, match=r"config\.json: holds NaN"):
+        merge_checkpoint(base, adapter, tmp_path / "out", stored=StoredAs(dtype="float16"))
 
 
 def test_shards_hold_what_was_asked_for(
@@ -199,7 +252,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "5 XB", "0.1", "nan"])
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "5 XB", "0.1", "nan", "9" * 400])
 def test_sizes_that_are_none(text: str) -> None:
     import click
 
