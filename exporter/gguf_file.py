@@ -163,7 +163,7 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises:
         RouteError: the file is a part of a split model.
-        ModelError: not a GGUF file, truncated or malformed.
+        ModelError: not a GGUF file, truncated, malformed or without tensors.
     """
     header = read_gguf_header(path)
     if header.settings.get("split.count", 1) != 1:
@@ -174,6 +174,10 @@ def read_gguf(path: Path) -> GgufFile:
     layers = header.settings.get(f"{architecture}.block_count")
     if not isinstance(architecture, str) or not isinstance(layers, int):
         raise _corrupt(path, "it names no architecture, or no number of layers")
+    if not header.tensors:
+        raise ModelError(
+            f"{path}: expected a model, found no tensors; name the file with its weights"
+        )
     tensors = {tensor.name: tensor for tensor in _placed(path, header)}
     return GgufFile(path, architecture, layers, tensors, header.size)
 

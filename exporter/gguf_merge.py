@@ -48,13 +48,14 @@ def merge_gguf(
     with publish_file(out) as work:
         summary = write_folded_gguf(base, adapter, work, scale=scale, force=force)
         verify_gguf_structure(base, work, adapter, scale, touched_only=True)
+        check_gguf_output(out)  # another run may have been quicker
     return dataclasses.replace(summary, path=Path(out), files=(Path(out).name,))
 
 
 def write_folded_gguf(
     base: Path, adapter: SteeringAdapter, work: Path, *, scale: float = 1.0, force: bool = False
 ) -> MergeSummary:
-    """Write the folded file to `work`, an existing file that is replaced.
+    """Write the folded file to `work`, an empty file that is there and may be locked.
 
     Arguments and errors as in `merge_gguf`; nothing is published or verified.
     """
@@ -63,8 +64,8 @@ def write_folded_gguf(
     plan = plan_gguf(file, adapter, scale)
     if not isinstance(plan, FoldPlan):
         raise RouteError(f"{base}: this adapter cannot fold: {describe_refusals(plan)}")
-    work.unlink()  # the copy wants to make it, so that the kernel can clone the blocks
-    copy_file(base, work)
+    # A new file would not have the lock that keeps other runs from removing it.
+    copy_file(base, work, existing=True)
     changed = sum(
         _patch(file.tensors[name], base, work, edits)
         for name, edits in plan.by_tensor().items()

@@ -120,6 +120,8 @@ def objection(weight: GgufTensor, axis: int) -> str | None:
     """Why a weight cannot take gains along `axis` of `[out, in]`; None where it can."""
     if len(weight.shape) != 2:
         return f"it has shape {weight.shape}, expected two axes"
+    if 0 in weight.shape:
+        return f"it has shape {weight.shape}, which holds no weights; fetch the file again"
     if weight.kind in FLOATS:
         return None
     if axis == 1:

@@ -86,11 +86,16 @@ def verify_sentences(row: Mapping[str, Any]) -> list[str]:
         return found
     if row["random_error"] is None:
         return [*found, "Its tensors are the base's and the adapter's; no model was run."]
+    how = "byte for byte"
+    if row["converted"] is not None:
+        how = f"its floats rounded once to {row['converted']}"
+    # A LoRA or IA3 has none of the base's tensors.
+    others = f"{row['identical']} other tensors are the base's, {how}; "
     return [
         *found,
         f"{len(row['touched'])} steered weights agree with the base's on random input, off by "
-        f"{number(row['random_error'])} of what rounding explains; {row['identical']} other "
-        "tensors are the base's, byte for byte; no model was run.",
+        f"{number(row['random_error'])} of what rounding explains; "
+        f"{others if row['identical'] else ''}no model was run.",
     ]
 
 

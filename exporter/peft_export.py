@@ -129,21 +129,13 @@ def write_peft(
         "a quantized copy as well",
     )
     checkpoint = open_base(base, adapter, force=force)
-    plan = plan_peft(adapter, checkpoint, route, scale)
-    if not isinstance(plan, PeftPlan):
-        raise RouteError(
-            f"this adapter cannot become {_NAMES[route]}: {describe_refusals(plan)}"
-        )
-    if route is Route.LORA:
-        config, tensors = _lora(adapter, checkpoint, plan)
-    else:
-        config, tensors = _ia3(adapter, checkpoint, plan)
+    plan, config, tensors = peft_content(checkpoint, adapter, route, scale)
     if not _changes_anything(tensors):
         raise RouteError(
             f"{_NAMES[route]} at scale {scale:g} would change no activation: every gain is 1; "
             "raise the scale"
         )
-    write_json(folder / CONFIG, _common_config(adapter) | config)
+    write_json(folder / CONFIG, config)
     # The metadata is what torch's loaders look for before they read a file.
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     card = model_card(adapter.config, "adapter", "peft", _usage(adapter, route, plan, scale))
@@ -152,6 +144,24 @@ def write_peft(
     rank = plan.rank if route is Route.LORA else 0
     files = ("README.md", CONFIG, WEIGHTS)
     return PeftSummary(folder, files, route, tuple(plan.modules), units, rank, scale)
+
+
+def peft_content(
+    checkpoint: Checkpoint, adapter: SteeringAdapter, route: Route, scale: float
+) -> tuple[PeftPlan, dict[str, Any], Tensors]:
+    """Plan, config and tensors of the PEFT adapter; arguments as in `convert_peft`.
+
+    Raises:
+        RouteError: the adapter cannot take this route.
+    """
+    plan = plan_peft(adapter, checkpoint, route, scale)
+    if not isinstance(plan, PeftPlan):
+        raise RouteError(
+            f"this adapter cannot become {_NAMES[route]}: {describe_refusals(plan)}"
+        )
+    make = _lora if route is Route.LORA else _ia3
+    config, tensors = make(adapter, checkpoint, plan)
+    return plan, _common_config(adapter) | config, tensors
 
 
 def check_peft_base(base: Path, route: Route, components: Iterable[Component]) -> None:

@@ -7,15 +7,16 @@ other checkpoint; of a quantized one, the output side folds into the scales of i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.sites import Component, Refusal
+from austeer.adapters.architectures import Architecture
+from austeer.adapters.sites import Component, Refusal, Site
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.tensors import TensorEntry
-from austeer.exporter.plan import FOLDABLE_DTYPES, FoldPlan, TensorEdit, plan_fold
+from austeer.exporter.plan import FOLDABLE_DTYPES, FoldPlan, TensorEdit, plan_fold, stored_shape
 from austeer.exporter.quantized_formats import REMEDY, Quantization, RowScales, row_scales
 
 Shared = Mapping[str, tuple[str, ...]]
@@ -53,9 +54,8 @@ def locate_sites(
 ) -> QuantizedSites:
     """Tell the sites of an adapter apart by how their projection is stored."""
     found = [
-        (site, row_scales(quantization, adapter.architecture, module, tensors))
-        for site in adapter.sites
-        for module in (adapter.architecture.projection(site.site),)
+        (steered, _scales_of(adapter.architecture, steered.site, tensors, quantization))
+        for steered in adapter.sites
     ]
     plain = [steered for steered, scales in found if scales is None]
     stored = tuple((steered, scales) for steered, scales in found if scales is not None)
@@ -146,6 +146,40 @@ def bias_entry(
     return next((tensors[stored] for stored in names if stored in tensors), None)
 
 
+def _scales_of(
+    row: Architecture,
+    site: Site,
+    tensors: Mapping[str, TensorEntry],
+    quantization: Quantization,
+) -> RowScales | str | None:
+    """As `row_scales`, of what bounds a site; quantized experts are a reason against it."""
+    if site.component is Component.FFN:
+        for module in _expert_modules(row, site.layer, tensors):
+            if row_scales(quantization, row, module, tensors) is not None:
+                return f"its experts are quantized ({module})"
+    return row_scales(quantization, row, row.projection(site), tensors)
+
+
+def _expert_modules(
+    row: Architecture, layer: int, tensors: Mapping[str, TensorEntry]
+) -> Iterator[str]:
+    """Every name that a last projection of a layer's experts may have; none if it is dense."""
+    if row.mixture is None:
+        return
+    path = row.layer.format(i=layer)
+    if row.mixture.shared is not None:
+        yield f"{path}.{row.mixture.shared}"
+    for way in row.mixture.stored:
+        # A quantized router has no weight of that name: one expert must tell then.
+        routed = stored_shape(row, tensors, f"{path}.{way.router}") or (1,)
+        weight = f"{path}.{way.weight.removesuffix('.weight')}"
+        # Quantizers take experts apart that the class keeps in one tensor.
+        apart = weight.replace("experts.", "experts.{e}.") if way.fused else weight
+        yield from (apart.format(e=number) for number in range(routed[0]))
+        if way.fused:
+            yield weight
+
+
 def _site_edits(
     adapter: SteeringAdapter,
     steered: SteeredSite,
@@ -170,7 +204,8 @@ def _site_edits(
             return Refusal(
                 site, f"{entry.name} shares its values with {shared[entry.name][0]}; {REMEDY}"
             )
-        if entry.dtype not in FOLDABLE_DTYPES or entry.shape[axis] != scales.rows:
+        along = entry.shape[axis : axis + 1]  # none for a scalar
+        if entry.dtype not in FOLDABLE_DTYPES or along != (scales.rows,) or 0 in entry.shape:
             return Refusal(
                 site, f"{entry.name} is {entry.dtype} of shape {entry.shape}; {REMEDY}"
             )

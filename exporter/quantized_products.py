@@ -80,21 +80,23 @@ def write_quantized(
         )
     if not gguf:
         options["stored"] = handling.stored
+    if gguf:
+        check_gguf_output(out)
+        if base.is_file():
+            check_space(out, base.stat().st_size, [base])
     if not handling.verify:
         if gguf:
             notes = merge_gguf(base, adapter, out, **options).notes
         else:
             notes = merge_checkpoint(base, adapter, out, seal=seal, **options).notes
         return _row(base, out, None, notes, started)
-    if gguf:
-        check_gguf_output(out)
-        if base.is_file():
-            check_space(out, base.stat().st_size, [base])
     with publish_file(out) if gguf else publish_directory(out) as work:
         write = write_folded_gguf if gguf else write_folded
         summary = write(base, adapter, work, **options)
         report = _verify(base, work, adapter, handling.scale)
-        if not gguf:
+        if gguf:
+            check_gguf_output(out)  # another run may have been quicker
+        else:
             facts = ProductFacts(Route.SAFETENSORS, base, adapter, **options)
             (seal or Seal()).close_product(work, facts)
     return _row(base, out, report, summary.notes, started)

@@ -11,6 +11,7 @@ and for a LoRA, whose two factors are both rounded, 2u Σ |B| |A| |x| besides.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,17 @@ import numpy as np
 from jaxtyping import Float
 
 from austeer.adapters._errors import RouteError, VerificationError
+from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.tensors import Checkpoint, read_tensors
+from austeer.adapters.tensors import Checkpoint, Tensors, read_tensors
 from austeer.exporter.code_check import verify_code_structure
 from austeer.exporter.fold import round_once
-from austeer.exporter.fold_check import touched_gains, verify_fold_structure
+from austeer.exporter.fold_check import (
+    converted_dtype,
+    touched_gains,
+    verify_fold_structure,
+)
+from austeer.exporter.peft_export import CONFIG, WEIGHTS, peft_content
 from austeer.exporter.routes import Route
 
 Array = np.ndarray[Any, Any]
@@ -42,7 +49,9 @@ class StructureProof:
 
     Attributes:
         touched: names of the tensors or modules that carry gains.
-        identical: number of other tensors, found to have the base's bytes.
+        identical: number of other tensors, found to have the base's bytes, or its values in
+            the new dtype.
+        converted: name of the dtype that a fold gave all floats, None if they kept theirs.
         random_error: largest error on random input, 1 = what rounding can do at most; None
             where no weight is touched.
         steering: largest change of a projection's output that the gains make.
@@ -52,6 +61,7 @@ class StructureProof:
     identical: int
     random_error: float | None
     steering: float | None
+    converted: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +85,7 @@ def prove_structure(
 ) -> StructureProof:
     """Prove from the files alone that `folder` is `base` steered by `adapter`.
 
-    Memory is that of two tensors; no model is built.
+    Memory is that of two tensors, or of a LoRA twice; no model is built.
 
     Args:
         route: kind of product.
@@ -99,16 +109,16 @@ def prove_structure(
         return StructureProof(
             touched=(), identical=len(Checkpoint(base)), random_error=None, steering=None
         )
-    identical = 0
-    if route is Route.SAFETENSORS:
-        identical = verify_fold_structure(base, folder, adapter, scale).identical
-        pairs = _folded_pairs(base, folder, adapter, scale)
-    else:
-        pairs = _peft_pairs(base, folder, adapter, scale)
-    return _prove(pairs, folder, identical)
+    if route is not Route.SAFETENSORS:
+        stored = _peft_tensors(route, base, folder, adapter, scale)
+        return _prove(_peft_pairs(base, stored, adapter, scale), folder)
+    identical = verify_fold_structure(base, folder, adapter, scale).identical
+    proof = _prove(_folded_pairs(base, folder, adapter, scale), folder)
+    converted = converted_dtype(base, folder)
+    return dataclasses.replace(proof, identical=identical, converted=converted)
 
 
-def _prove(pairs: Iterator[_Pair], folder: Path, identical: int) -> StructureProof:
+def _prove(pairs: Iterator[_Pair], folder: Path) -> StructureProof:
     rng = np.random.default_rng(_SEED)
     touched, worst, steering = [], 0.0, 0.0
     for pair in pairs:
@@ -124,7 +134,7 @@ def _prove(pairs: Iterator[_Pair], folder: Path, identical: int) -> StructurePro
     if not steering > 0.0:
         raise VerificationError(f"{folder}: its gains change no output; it is not steered")
     return StructureProof(
-        touched=tuple(touched), identical=identical, random_error=worst, steering=steering
+        touched=tuple(touched), identical=0, random_error=worst, steering=steering
     )
 
 
@@ -152,7 +162,8 @@ def _errors(pair: _Pair, x: Float[np.ndarray, " columns"]) -> tuple[float, float
             bound += slack * outer[rows] + 4 * columns * _EXACT * (np.abs(base) @ np.abs(x))
         # Also where both are zero: a bound of 0 asks for equality.
         over = np.abs(found - wanted) / np.maximum(bound, np.finfo(np.float64).tiny)
-        worst = max(worst, float(over.max(initial=0.0)))
+        # Not max(), which drops what is not a number.
+        worst = float(np.maximum(worst, over.max(initial=0.0)))
         moved = max(moved, float(np.abs(wanted - base @ x).max(initial=0.0)))
     return worst, moved
 
@@ -192,11 +203,46 @@ def _folded_pairs(
         yield _Pair(name, old, new, rows.reshape(-1), columns)
 
 
+def _peft_tensors(
+    route: Route, base: Path, folder: Path, adapter: SteeringAdapter, scale: float
+) -> Tensors:
+    """The tensors of a PEFT adapter, once all that has no rounding is what we would write."""
+    _, config, wanted = peft_content(Checkpoint(base), adapter, route, scale)
+    file, again = folder / WEIGHTS, "convert it again"
+    written = read_json(folder / CONFIG, VerificationError, again)
+    for key in sorted(config.keys() | written.keys()):
+        given, expected = (d.get(key, "absent") for d in (written, config))
+        if given != expected:
+            raise VerificationError(
+                f"{folder / CONFIG}: {key} is {given!r}, expected {expected!r}; {again}"
+            )
+    try:
+        _, stored = read_tensors(file)
+    except OSError as error:
+        raise VerificationError(
+            f"{file}: cannot read it ({error.strerror}); {again}"
+        ) from error
+    for name in sorted(wanted.keys() ^ stored.keys()):
+        what = "is not in it" if name in wanted else "is no part of this adapter"
+        raise VerificationError(f"{file}: {name} {what}; {again}")
+    for name, values in wanted.items():
+        found = stored[name]
+        if (found.dtype, found.shape) != (values.dtype, values.shape):
+            raise VerificationError(
+                f"{file}: {name} is {found.dtype} of shape {found.shape}, expected "
+                f"{values.dtype} of shape {values.shape}; {again}"
+            )
+        if found[values == 0.0].any():
+            raise VerificationError(
+                f"{file}: {name} has values where the adapter steers nothing; {again}"
+            )
+    return stored
+
+
 def _peft_pairs(
-    base: Path, folder: Path, adapter: SteeringAdapter, scale: float
+    base: Path, stored: Tensors, adapter: SteeringAdapter, scale: float
 ) -> Iterator[_Pair]:
     before, architecture = Checkpoint(base), adapter.architecture
-    _, stored = read_tensors(folder / "adapter_model.safetensors")
     gains = dict(touched_gains(adapter, before, scale))
     modules = sorted({architecture.projection(s.site) for s in adapter.sites})
     for module in modules:
@@ -209,17 +255,10 @@ def _peft_pairs(
             weight, output, given = weight.T, given, output
         row = np.ones(weight.shape[0]) if output is None else output
         column = np.ones(weight.shape[1]) if given is None else given
-        yield _peft_pair(module, weight, row, column, stored, folder)
+        yield _peft_pair(module, weight, row, column, stored)
 
 
-def _peft_pair(
-    module: str,
-    weight: Array,
-    row: Array,
-    column: Array,
-    stored: dict[str, Array],
-    folder: Path,
-) -> _Pair:
+def _peft_pair(module: str, weight: Array, row: Array, column: Array, stored: Tensors) -> _Pair:
     prefix = f"base_model.model.{module}"
     vector = stored.get(f"{prefix}.ia3_l")
     if vector is not None:
@@ -228,9 +267,5 @@ def _peft_pair(
             return _Pair(module, weight, weight, row, column, stored_gain=values)
         # An output-side vector scales rows: the transposed projection's columns.
         return _Pair(module, weight.T, weight.T, column, row, stored_gain=values)
-    names = [f"{prefix}.lora_{side}.weight" for side in "BA"]
-    missing = [name for name in names if name not in stored]
-    if missing:
-        raise VerificationError(f"{folder}: {missing[0]} is not in it; convert it again")
-    added = (stored[names[0]], stored[names[1]])
+    added = (stored[f"{prefix}.lora_B.weight"], stored[f"{prefix}.lora_A.weight"])
     return _Pair(module, weight, weight, row, column, added=added)

@@ -149,3 +149,9 @@ def test_rows_of_broken_blocks_are_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ModelError, match="no whole Q8_0 blocks"):
         read_gguf(path)
+
+
+def test_a_file_without_tensors_is_one_line(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "vocabulary.gguf", "llama", {}).path
+    with pytest.raises(ModelError, match="expected a model, found no tensors"):
+        read_gguf(path)

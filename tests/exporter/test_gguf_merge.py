@@ -28,6 +28,9 @@ from austeer.adapters import (
     SteeringAdapter,
     VerificationError,
 )
+from austeer.adapters._leftovers import remove_leftovers
+from austeer.exporter import gguf_merge
+from austeer.exporter.checkpoint import copy_file
 from austeer.exporter.gguf_check import verify_gguf_structure
 from austeer.exporter.gguf_file import BLOCKS, KINDS
 from austeer.exporter.gguf_merge import merge_gguf
@@ -300,3 +303,43 @@ def test_the_check_sees_every_change(
     verify_gguf_structure(path, out, adapter)
     with pytest.raises(VerificationError, match="not the base times its gains"):
         verify_gguf_structure(path, path, adapter)
+
+
+def test_another_run_leaves_the_temporary_of_a_living_one(
+    base: Callable[..., GgufModel], model: Any, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def copy(source: Path, target: Path, **options: Any) -> int:
+        before = target.stat().st_ino
+        changed = copy_file(source, target, **options)
+        remove_leftovers(out)  # as a second run for the same output begins
+        seen.append((before, target.stat().st_ino))
+        return changed
+
+    monkeypatch.setattr(gguf_merge, "copy_file", copy)
+    merge_gguf(base("Q8_0").path, adapter_for(model), out)
+    ((before, after),) = seen
+    assert before == after and out.is_file()
+
+
+def test_an_output_of_a_quicker_run_stays(
+    base: Callable[..., GgufModel], model: Any, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any, **__: Any) -> None:
+        out.write_bytes(b"theirs")
+
+    monkeypatch.setattr(gguf_merge, "verify_gguf_structure", late)
+    with pytest.raises(OutputError, match="expected a new file"):
+        merge_gguf(base("Q8_0").path, adapter_for(model), out)
+    assert out.read_bytes() == b"theirs" and not list(out.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F32"])
+def test_a_weight_without_inputs_is_refused(
+    model: Any, tmp_path: Path, out: Path, kind: str
+) -> None:
+    empty = {DOWN.format(i): (np.ones((32, 0), np.float32), kind) for i in (0, 1)}
+    path = write_gguf(tmp_path / "empty.gguf", "llama", empty).path
+    with pytest.raises(RouteError, match=r"shape \(32, 0\), which holds no weights"):
+        merge_gguf(path, adapter_for(model), out, force=True)

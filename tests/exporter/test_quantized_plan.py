@@ -326,3 +326,70 @@ def test_a_config_that_claims_too_much_is_refused(
         with pytest.raises(RouteError, match=r"says quantized with .*, no tensor is"):
             merge_checkpoint(base, adapter, out)
         assert not out.exists()
+
+
+def test_a_bias_that_is_no_row_of_units_is_refused(
+    quantized: Callable[..., Path], tiny_model: Callable[..., Any], out: Path
+) -> None:
+    base = quantized("awq", "gpt_neox", ("dense_4h_to_h",))
+    tensors = read_safetensors(base / WEIGHTS)
+    name = "gpt_neox.layers.0.mlp.dense_4h_to_h.bias"
+    for shape in ((), (31,), (32, 0)):
+        write_safetensors(base / WEIGHTS, tensors | {name: np.ones(shape, np.float32)})
+        with pytest.raises(RouteError, match=rf"{name} is F32 of shape"):
+            merge_checkpoint(base, adapter_for(tiny_model("gpt_neox")), out)
+
+
+@pytest.mark.parametrize("method", ["gptq", "int8"])
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("qwen2_moe", ("experts.",)),
+        ("qwen2_moe", ("shared_expert.down_proj",)),
+        ("qwen3_moe", ("experts.1.down_proj",)),
+        ("llama4_text", ("shared_expert.down_proj",)),
+    ],
+)
+def test_quantized_experts_are_the_reason(
+    quantized: Callable[..., Path],
+    tiny_model: Callable[..., Any],
+    out: Path,
+    method: str,
+    model_type: str,
+    names: tuple[str, ...],
+) -> None:
+    base = quantized(method, model_type, names)
+    adapter = adapter_for(tiny_model(model_type))
+    with pytest.raises(
+        RouteError, match=r"experts are quantized.*quantize the result"
+    ) as caught:
+        merge_checkpoint(base, adapter, out)
+    assert "--force" not in str(caught.value) and not out.exists()
+
+
+def test_experts_that_a_quantizer_took_apart_are_the_reason(
+    quantized: Callable[..., Path], tiny_model: Callable[..., Any], out: Path
+) -> None:
+    """Llama 4 keeps all in one tensor, its quantized checkpoints each in its own."""
+    base = quantized("gptq", "llama4_text", ("self_attn",))
+    tensors = read_safetensors(base / WEIGHTS)
+    fused = [name for name in tensors if name.endswith("feed_forward.experts.down_proj")]
+    assert fused
+    for name in fused:
+        for number, weight in enumerate(tensors.pop(name)):
+            module = name.replace("experts.", f"experts.{number}.")
+            parts = METHODS["gptq"][0](weight.T.astype(np.float64))
+            tensors |= {f"{module}.{part}": value for part, value in parts.items()}
+    for left in (tensors, {k: v for k, v in tensors.items() if "router" not in k}):
+        write_safetensors(base / WEIGHTS, left)
+        with pytest.raises(RouteError, match="experts are quantized"):
+            merge_checkpoint(base, adapter_for(tiny_model("llama4_text")), out)
+
+
+def test_experts_left_unquantized_fold_as_ever(
+    quantized: Callable[..., Path], tiny_model: Callable[..., Any], out: Path
+) -> None:
+    base = quantized("gptq", "qwen3_moe", ("self_attn",))
+    adapter = adapter_for(tiny_model("qwen3_moe"))
+    assert merge_checkpoint(base, adapter, out).notes == ()
+    verify_fold_structure(base, out, adapter)

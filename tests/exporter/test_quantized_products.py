@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,13 @@ from click.testing import CliRunner, Result
 from gguf_models import write_gguf
 from quantized_models import dequantized, quantize_folder, read_safetensors
 
-from austeer.adapters import RouteError, SteeringAdapter
+from austeer.adapters import OutputError, RouteError, SteeringAdapter
 from austeer.adapters.attach import steering_hooks
 from austeer.exporter.checkpoint import copy_file
 from austeer.exporter.cli import cli
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.products import Base
-from austeer.exporter.quantized_products import PROOF
+from austeer.exporter.quantized_products import PROOF, write_quantized
 from austeer.exporter.route_steps import write_product
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import Handling
@@ -245,3 +247,35 @@ def test_quantized_weights_keep_their_files(
     assert "its weights are quantized" in text
     text = refused(run("merge", gguf_base, saved, "-o", tmp_path / "o.gguf", *option))
     assert "one GGUF file of the same types" in text
+
+
+@pytest.mark.parametrize("options", [(), ("--no-verify",)])
+def test_a_full_disk_is_said_before_anything_is_written(
+    gguf_base: Path,
+    adapter: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+) -> None:
+    saved, full = adapter("ffn"), SimpleNamespace(f_bavail=0, f_frsize=4096, f_blocks=1)
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    monkeypatch.setattr("austeer.exporter.free_space._shares_blocks", lambda *_: False)
+    text = refused(run("merge", gguf_base, saved, "-o", tmp_path / "o.gguf", *options))
+    assert "nothing was written" in text
+
+
+def test_a_gguf_output_of_a_quicker_run_stays(
+    gguf_base: Path,
+    adapter: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, loaded = tmp_path / "o.gguf", SteeringAdapter.from_pretrained(adapter("ffn"))
+
+    def late(*_: Any) -> None:
+        out.write_bytes(b"theirs")
+
+    monkeypatch.setattr("austeer.exporter.quantized_products.verify_gguf_structure", late)
+    with pytest.raises(OutputError, match="expected a new file"):
+        write_quantized(gguf_base, loaded, out, Handling())
+    assert out.read_bytes() == b"theirs"
