@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from austeer.adapters._errors import AusteerError, OutputError
-from austeer.adapters._json import parse_json, read_text
+from austeer.adapters._json import TooLargeError, parse_json, read_text
 from austeer.adapters._leftovers import locked_directory, locked_file, remove_leftovers
 
 
@@ -113,6 +113,8 @@ def read_json(path: Path, error: type[AusteerError], remedy: str) -> dict[str, A
         values = parse_json(read_text(path))
     except OSError as failure:
         raise error(f"{path}: cannot read it ({failure.strerror}); {remedy}") from failure
+    except TooLargeError as failure:
+        raise error(f"{path}: {failure}") from failure
     except ValueError as failure:
         raise error(f"{path}: not valid JSON ({failure}); fetch the file again") from failure
     if not isinstance(values, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -94,7 +95,7 @@ class AdapterConfig:
             kind = "a string or null" if name == "revision" else "a string"
             _expect(absent or isinstance(found, str), name, kind, found)
             # It goes into model cards, and on the terminal.
-            _expect(absent or found.isprintable(), name, "printable text", found)
+            _expect(absent or _is_shown(found), name, "printable text", found)
         for name in ("fit", "versions"):
             found = getattr(self, name)
             _expect(isinstance(found, dict), name, "an object", found)
@@ -208,6 +209,14 @@ def library_versions(names: Sequence[str] = _SHAPING) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _is_shown(text: str) -> bool:
+    """Whether a text stays on its line: no control characters, line ends or surrogates.
+
+    Less strict than `isprintable`: paths hold the spaces and joiners of every language.
+    """
+    return not {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, text))
 
 
 def _is_count(value: object) -> bool:

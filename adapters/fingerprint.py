@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
@@ -52,19 +54,28 @@ def fingerprint(architecture: Architecture, sites: Iterable[Site], read: ReadTen
         SiteError: a layer has no such site.
     """
     digest = hashlib.sha256()
-    for carrier in _behind(architecture, sites, read):
-        shape = read.shape(carrier.name)
-        if shape is None:
-            raise ModelError(
-                f"{carrier.name}: not in the model; is it a {architecture.model_type} model "
-                "with that many layers?"
-            )
-        shape = shape if carrier.part is None else shape[1:]
-        digest.update(f"{carrier.module}.{carrier.kind}{shape}".encode())
-        for values in _blocks(read, carrier.name, carrier.part):
-            rounded = np.ascontiguousarray(values.astype(ml_dtypes.bfloat16, copy=False))
-            digest.update(rounded.view(np.uint16).data)
+    behind = _behind(architecture, sites, read)
+    for module, carriers in groupby(behind, lambda carrier: carrier.name.rpartition(".")[0]):
+        with _at_hand(read, module):
+            for carrier in carriers:
+                _add(digest, architecture, carrier, read)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _add(
+    digest: hashlib._Hash, architecture: Architecture, carrier: Carrier, read: ReadTensor
+) -> None:
+    shape = read.shape(carrier.name)
+    if shape is None:
+        raise ModelError(
+            f"{carrier.name}: not in the model; is it a {architecture.model_type} model "
+            "with that many layers?"
+        )
+    shape = shape if carrier.part is None else shape[1:]
+    digest.update(f"{carrier.module}.{carrier.kind}{shape}".encode())
+    for values in _blocks(read, carrier.name, carrier.part):
+        rounded = np.ascontiguousarray(values.astype(ml_dtypes.bfloat16, copy=False))
+        digest.update(rounded.view(np.uint16).data)
 
 
 def _behind(
@@ -125,6 +136,10 @@ def _blocks(read: ReadTensor, name: str, part: int | None) -> Iterator[Values]:
         yield tensor
 
 
+def _at_hand(read: ReadTensor, module: str) -> AbstractContextManager[None]:
+    return read.at_hand(module) if isinstance(read, _ModuleReader) else nullcontext()
+
+
 class _CheckpointReader:
     def __init__(self, architecture: Architecture, checkpoint: Checkpoint) -> None:
         self._architecture, self._checkpoint = architecture, checkpoint
@@ -152,17 +167,25 @@ class _ModuleReader:
         self._model = model
 
     def __call__(self, name: str, part: int | None = None, /) -> Values | None:
-        tensor = _parameter(self._model, name)
-        if tensor is None:
-            return None
-        if not tensor.is_meta:
-            return _values(tensor, part)
+        with self.at_hand(name.rpartition(".")[0]):
+            tensor = _parameter(self._model, name)
+            return None if tensor is None else _values(tensor, part)
+
+    @contextmanager
+    def at_hand(self, module: str) -> Iterator[None]:
+        """Have a module's own values in memory; of offloaded experts, all of them at once."""
+        try:
+            owner = self._model.get_submodule(module)
+        except AttributeError:
+            owner = None
+        if owner is None or not any(own.is_meta for own in owner.parameters(recurse=False)):
+            yield
+            return
         # Offloaded: accelerate brings the values back for as long as the context lasts.
         from accelerate.utils import align_module_device
 
-        module, _, own = name.rpartition(".")
-        with align_module_device(owner := self._model.get_submodule(module)):
-            return _values(owner.get_parameter(own), part)
+        with align_module_device(owner):
+            yield
 
     def shape(self, name: str, /) -> tuple[int, ...] | None:
         tensor = _parameter(self._model, name)

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from austeer.adapters.sites import Component, Refusal, Site
 
 if TYPE_CHECKING:
     from austeer.adapters.architecture import Architecture
+
+# A hundred times what models have; a header of a hundred bytes can claim any number.
+_MAX_EXPERTS = 1 << 16
 
 ShapeOf = Callable[[str], tuple[int, ...] | None]
 """Shape of a tensor by its name in the transformers class, None where there is none."""
@@ -156,18 +160,37 @@ def _mixture(
         )
     routed = shape(f"{path}.{way.router}")
     count = routed[0] if routed else 0
-    found = [*_experts(row, path, way, count), *_shared(row, path, shape)]
-    for carrier in found:
+    if not 0 < count <= _MAX_EXPERTS:
+        return Refusal(
+            site,
+            f"{path}.{way.router} has {count} rows, expected one for each expert (1 to "
+            f"{_MAX_EXPERTS}); fetch the base model again",
+        )
+    found = []
+    for carrier in chain(_experts(row, path, way, count), _shared(row, path, shape)):
         there = shape(carrier.name)
-        parts = None if carrier.part is None or there is None else there[0]
-        if there is None or (parts is not None and parts != count):
-            what = "is not there" if there is None else f"holds {parts} experts"
+        if there is None or not _holds(there, carrier, count):
             return Refusal(
                 site,
-                f"{carrier.name} {what}, the router has {count} rows; is it the whole base "
-                "model, not quantized?",
+                f"{carrier.name} {_what_is_there(there, carrier)}, the router has {count} "
+                "rows; is it the whole base model, not quantized?",
             )
+        found.append(carrier)
     return tuple(found)
+
+
+def _holds(there: tuple[int, ...], carrier: Carrier, count: int) -> bool:
+    """Whether a tensor has the axis of units, and a part for each of `count` experts."""
+    whole = carrier.part is None or there[:1] == (count,)
+    return whole and len(there) > carrier.stored_axis
+
+
+def _what_is_there(there: tuple[int, ...] | None, carrier: Carrier) -> str:
+    if there is None:
+        return "is not there"
+    if carrier.part is None or len(there) <= carrier.stored_axis:
+        return f"has shape {there}"
+    return f"holds {there[0]} experts"
 
 
 def _experts(row: Architecture, path: str, way: Experts, count: int) -> Iterator[Carrier]:

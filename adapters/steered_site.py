@@ -147,6 +147,11 @@ def site_width(site: Site, architecture: Architecture, read: ReadTensor) -> int:
     shape = read.shape(found[0].name)
     if shape is None:
         raise SiteError(f"{site}: {found[0].name} is not in the model")
+    if len(shape) <= found[0].stored_axis:
+        raise SiteError(
+            f"{site}: {found[0].name} has shape {shape}, too few axes for a projection; "
+            "fetch the base model again"
+        )
     return shape[found[0].stored_axis]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from austeer.adapters._errors import ModelError
 from austeer.adapters._files import publish_file, read_json
-from austeer.adapters._json import MAX_BYTES, parse_json
+from austeer.adapters._json import MAX_BYTES, TooLargeError, parse_json
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -30,7 +30,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
-_BLOCK = 1 << 22  # bytes
+_BLOCK = 1 << 20  # values
 _SUFFIX = ".safetensors"
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
 _MAX_NAME = 1000
@@ -87,7 +87,9 @@ class TensorEntry:
             return self.part(part).read()
         dtype = self.numpy_dtype
         with self.file.open("rb", buffering=0) as stream:
-            return _read_bytes(stream, self, 0, self.size).view(dtype).reshape(self.shape)
+            data = np.empty(self.size, np.uint8)
+            _read_into(stream, self, 0, data)
+            return data.view(dtype).reshape(self.shape)
 
     def part(self, number: int) -> TensorEntry:
         """Number `number` of the first axis as a tensor of its own."""
@@ -153,6 +155,8 @@ def read_rows(
 ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[Any]]]]:
     """A tensor in blocks of rows: number of the first, and values; a scalar is one row.
 
+    Each block takes the memory of the one before it.
+
     Args:
         entry: the tensor.
         stream: its file, or another with the same bytes.
@@ -164,17 +168,20 @@ def read_rows(
     """
     dtype, (count, *rest) = entry.numpy_dtype, entry.shape or (1,)
     width = dtype.itemsize * math.prod(rest)
-    step = max(1, count if whole else _BLOCK // max(1, width))
+    # The same rows whatever the dtype, so that two checkpoints can be read side by side.
+    step = max(1, count if whole else _BLOCK // max(1, math.prod(rest)))
+    # Fresh memory for every block costs more than reading it.
+    buffer = np.empty(min(step, count) * width, np.uint8)
     for first in range(0, count, step):
         length = min(step, count - first)
-        data = _read_bytes(stream, entry, first * width, length * width)
+        data = buffer[: length * width]
+        _read_into(stream, entry, first * width, data)
         yield first, data.view(dtype).reshape(length, *rest)
 
 
-def _read_bytes(
-    stream: FileIO, entry: TensorEntry, offset: int, size: int
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    data = np.empty(size, np.uint8)
+def _read_into(
+    stream: FileIO, entry: TensorEntry, offset: int, data: np.ndarray[Any, np.dtype[np.uint8]]
+) -> None:
     rest = data.data
     stream.seek(entry.start + offset)
     while rest:
@@ -182,7 +189,6 @@ def _read_bytes(
         if not got:
             raise _corrupt(entry.file, f"it ends within {entry.name}")
         rest = rest[got:]
-    return data
 
 
 def read_tensors(file: Path) -> tuple[dict[str, str], Tensors]:
@@ -230,15 +236,15 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
     total = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if total < 8 or length > min(total - 8, MAX_BYTES):
-            raise _corrupt(
-                file,
-                f"its header claims {length} bytes, the file has {total}, and of a header at "
-                f"most {MAX_BYTES} are read",
-            )
+        if total < 8 or length > total - 8:
+            raise _corrupt(file, f"its header claims {length} bytes, the file has {total}")
+        if length > MAX_BYTES:
+            raise _too_large(file, f"{length} bytes, at most {MAX_BYTES} are read")
         raw = stream.read(length)
     try:
         header = parse_json(raw.decode("utf-8"), unique=True)
+    except TooLargeError as error:
+        raise _too_large(file, str(error)) from error
     except ValueError as error:
         raise _corrupt(file, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
@@ -337,6 +343,13 @@ def _is_shard_name(name: Any) -> bool:
         and name.endswith(_SUFFIX)
         and Path(name).name == name
         and len(os.fsencode(name)) < 256
+    )
+
+
+def _too_large(file: Path, what: str) -> ModelError:
+    return ModelError(
+        f"{file}: its header is larger than austeer reads ({what}); is it a model? If so, save "
+        "it in more files"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Event
@@ -23,7 +22,7 @@ def run_in_threads(tasks: Sequence[Callable[[Event], T]]) -> list[T]:
         BaseException: what the first task to fail raised; the others were told to stop.
     """
     stopped = Event()
-    with ThreadPoolExecutor(min(_MOST, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_MOST) as pool:
         try:
             futures = [pool.submit(task, stopped) for task in tasks]
             for future in as_completed(futures):

@@ -127,6 +127,33 @@ def test_bad_values_are_named_with_the_file(
     assert shown.startswith(f"{path}: ") and shown.isprintable() and len(shown) < 2100
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/u/モデル\u3000一",
+        "/home/u/می\u200cخواهم",
+        "/home/u/Models\u00a0LLM",
+        "/data/👩\u200d🔬/llama",
+        "/data/\ufeffllama",
+    ],
+)
+def test_paths_of_every_language(tmp_path: Path, path: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(stored(base_model_name_or_path=path))
+    )
+    loaded = AdapterConfig.load(tmp_path)
+    loaded.save(tmp_path)
+    assert AdapterConfig.load(tmp_path).base_model_name_or_path == path
+
+
+@pytest.mark.parametrize("character", ["\0", "\x7f", "\x9b", "\u2028", "\u2029", "\udcff"])
+def test_characters_that_a_path_must_not_have(tmp_path: Path, character: str) -> None:
+    values = stored(base_model_name_or_path=f"a{character}b")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(AdapterError, match="base_model_name_or_path: expected printable text"):
+        AdapterConfig.load(tmp_path)
+
+
 @attacked
 @given(values=changed_json(stored(fit={"test": {"kl": 0.1, "kl_ci95": [0.0, 0.2]}, "x": [{}]})))
 def test_changed_configs(tmp_path: Path, values: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import TRANSFORMERS_4
 
 from austeer.adapters import Component, ModelError, Site
 from austeer.adapters.architectures import architecture_of
@@ -94,3 +95,26 @@ def test_a_changed_bias_changes_it(tiny_model: Callable[..., Any]) -> None:
 def test_missing_weight_is_named(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(ModelError, match=r"model\.layers\.9\.mlp\.down_proj\.weight"):
         live(tiny_model("llama"), [Site(9, Component.FFN)])
+
+
+@pytest.mark.skipif(TRANSFORMERS_4, reason="its experts are modules of their own")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_an_offloaded_tensor_is_brought_back_once(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    import accelerate.utils
+
+    model, sites = tiny_model(model_type), [Site(0, Component.FFN), Site(1, Component.FFN)]
+    whole, brought = live(model, sites), []
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.experts.down_proj.is_meta
+    align = accelerate.utils.align_module_device
+
+    def counted(module: torch.nn.Module) -> Any:
+        brought.append(module)
+        return align(module)
+
+    monkeypatch.setattr(accelerate.utils, "align_module_device", counted)
+    assert live(model, sites) == whole
+    assert brought == [model.model.layers[layer].mlp.experts for layer in (0, 1)]
+    assert all(parameter.is_meta for parameter in brought[0].parameters())

@@ -11,7 +11,7 @@ from hostile import BOMB, attacked, json_values, memory_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from austeer.adapters._json import MAX_BYTES, is_writable, parse_json, read_text
+from austeer.adapters._json import MAX_BYTES, TooLargeError, is_writable, parse_json, read_text
 
 
 @attacked
@@ -39,6 +39,10 @@ BOMBS = {
     "a little too deep": "[" * 65 + "]" * 65,
     "digits": "9" * 100_000,
     "many lists": "[" + "[]," * 2_000_001 + "0]",
+    "many keys": "{" + '"k":0,' * 1_000_001 + '"k":0}',
+    "many values": "[" + "0," * 2_000_001 + "0]",
+    "wide": '"é' + " " * (1 << 25) + '"',
+    "wide once read": r'"\ud83d' + " " * (1 << 25) + '"',
     "long": " " * (MAX_BYTES + 1),
 }
 
@@ -57,11 +61,46 @@ def test_ordinary_depth_is_read() -> None:
     assert value == []
 
 
-def test_a_text_as_long_as_allowed_stays_below_a_gigabyte() -> None:
-    # The most memory for its length: characters beyond Latin 1, each an object of its own.
-    text = "[" + '"Ā",' * ((MAX_BYTES - 8) // 5) + "0]"
-    with memory_limit((1 << 30) - 10 * MAX_BYTES):
-        assert len(parse_json(text)) > 6_000_000
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_largest_text_stays_below_a_gigabyte(tmp_path: Path, wide: bool) -> None:
+    """The most memory that was found: many keys, as long as allowed, with values of text."""
+    count, first = 999_000, "\U0001f600" if wide else "a"
+    rest = "x" * (3 if wide else 40)
+    path = tmp_path / "large.json"
+    pairs = (
+        f'"{first}{number:06}{rest}":"{first}{number:06}{rest}"' for number in range(count)
+    )
+    path.write_text("{" + ",".join(pairs) + "}", encoding="utf-8")
+    with memory_limit(1 << 30):
+        assert len(parse_json(read_text(path), unique=True)) == count
+    if wide:
+        path.write_text(first + " " * (MAX_BYTES - 8), encoding="utf-8")
+        with memory_limit(1 << 30), pytest.raises(TooLargeError, match="not plain ASCII"):
+            parse_json(read_text(path))
+
+
+def test_the_index_of_a_very_large_model_is_read() -> None:
+    """64 layers of 256 experts, quantized by bitsandbytes: a little beyond the largest."""
+    states = ("absmax", "nested_absmax", "nested_quant_map", "quant_map")
+    parts = ("", *(f".{state}" for state in states), ".quant_state.bitsandbytes__nf4")
+    names = (
+        f"language_model.model.layers.{layer}.mlp.experts.{expert}.{kind}_proj.weight{part}"
+        for layer in range(64)
+        for expert in range(256)
+        for kind in ("gate", "up", "down")
+        for part in parts
+    )
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00163.safetensors")}
+    text = json.dumps(index, indent=2)
+    assert len(text) > 1 << 25
+    assert parse_json(text) == index
+
+
+@pytest.mark.parametrize("name", ["many lists", "many keys", "many values", "long", "wide"])
+def test_limits_of_size_are_called_ours(name: str) -> None:
+    with pytest.raises(TooLargeError, match=r", a limit of austeer's own$"):
+        parse_json(BOMBS[name])
 
 
 def test_keys_that_stand_twice() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import memory_limit
 from reference import TRANSFORMERS_4
 from safetensors.torch import load_file, save_file
 
@@ -88,6 +89,15 @@ def test_a_dense_layer_of_a_mixed_stack(model_type: str) -> None:
             {"mlp__experts__0__down_proj__weight": (1,), "mlp__experts__down_proj": (2, 1, 1)},
             "the same experts twice",
         ),
+        ({"mlp__experts__down_proj": ()}, r"down_proj has shape \(\).*2 rows"),
+        ({"mlp__experts__down_proj": (2,)}, r"down_proj has shape \(2,\)"),
+        (
+            {
+                "mlp__experts__0__down_proj__weight": (),
+                "mlp__experts__1__down_proj__weight": (),
+            },
+            r"experts\.0\.down_proj\.weight has shape \(\)",
+        ),
     ],
 )
 def test_experts_that_are_not_whole_are_refused(
@@ -100,6 +110,46 @@ def test_experts_that_are_not_whole_are_refused(
         assert isinstance(found, Refusal)
         with pytest.raises(AssertionError, match=message):
             names(found)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("router", [(), (0, 32), (2**16 + 1, 32), (10**9, 0)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_that_no_router_has(router: tuple[int, ...], fused: bool) -> None:
+    """A header of a hundred bytes can claim any number of experts."""
+    rows = router[0] if router else 0
+    own = {f"mlp__experts__{e}__down_proj__weight": (32, 24) for e in range(2)}
+    there = {"mlp__experts__down_proj": (rows, 32, 24)} if fused else own
+    shape = shapes(mlp__gate__weight=router, **there)
+    with memory_limit(1 << 30):
+        found = carriers(architecture_of("qwen3_moe"), FFN, shape)
+    assert isinstance(found, Refusal) and "expected one for each expert" in str(found)
+
+
+@pytest.mark.timeout(20)
+def test_the_first_missing_expert_ends_the_search() -> None:
+    asked = []
+
+    def shape(name: str) -> tuple[int, ...] | None:
+        asked.append(name)
+        return (2**16, 32) if name.endswith("mlp.gate.weight") else None
+
+    assert isinstance(carriers(architecture_of("qwen3_moe"), FFN, shape), Refusal)
+    assert len(asked) < 20
+
+
+@pytest.mark.parametrize("router", [(), (0, 32), (10**9, 0)])
+def test_a_broken_router_on_disk(
+    saved_model: Saved, tiny_model: Any, tmp_path: Path, router: tuple[int, ...]
+) -> None:
+    base = saved_model("qwen3_moe")
+    adapter = SteeringAdapter.from_units(tiny_model("qwen3_moe"), "ffn", [1], [3], [1.0])
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.gate.weight"] = torch.zeros(router)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with memory_limit(1 << 32), pytest.raises(SiteError, match="one for each expert"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -11,7 +12,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hostile import BOMB, attacked, changed_bytes, changed_json, memory_limit, safetensors
+from hostile import (
+    BOMB,
+    attacked,
+    changed_bytes,
+    changed_json,
+    changed_leaf,
+    key_twice,
+    memory_limit,
+    safetensors,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -178,7 +188,15 @@ def test_header_longer_than_any(tmp_path: Path) -> None:
         stream.write((1 << 32).to_bytes(8, "little"))
         stream.truncate(1 << 40)  # sparse
     with memory_limit(1 << 30):
-        assert "at most" in refusal(path)
+        message = refusal(path)
+    assert "at most" in message and "corrupt" not in message
+
+
+def test_header_of_more_values_than_any(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_raw(path, b"{" + b'"k":0,' * 1_000_001 + b'"k":0}')
+    message = refusal(path)
+    assert "a limit of austeer's own" in message and "corrupt" not in message
 
 
 @pytest.mark.timeout(20)
@@ -217,30 +235,59 @@ def test_what_was_read_can_be_written_to(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path)["a"].read()[0, 0] == 0
 
 
-VALID = {
+VALID: dict[str, Any] = {
     "__metadata__": {"format": "pt"},
     "a": entry(0, 24, [2, 3]),
     "b": entry(24, 30, [3], "BF16"),
-    "c": entry(30, 32, [2], "F8_E4M3"),
+    "c": entry(30, 32, [2, 1, 1], "F8_E4M3"),
 }
 
 
 def attack(path: Path) -> None:
-    """Either a refusal, or tensors that are wholly inside the file."""
+    """Either a refusal, or the tensors that the header names, which tile the data."""
     try:
         metadata, entries = read_metadata(path), read_header(path)
     except ModelError as error:
         assert str(error).isprintable()
         return
     assert all(isinstance(value, str) for value in metadata.values())
-    covered = 0
-    for found in entries.values():
-        covered += found.size
+    raw = path.read_bytes()
+    position = start = int.from_bytes(raw[:8], "little") + 8
+    header = json.loads(raw[8:start], object_pairs_hook=distinct)
+    assert header.pop("__metadata__", {}) == metadata and set(header) == set(entries)
+    for found in sorted(entries.values(), key=lambda found: (found.start, found.size)):
+        assert found.start == position
+        position += found.size
+        begin, end = header[found.name]["data_offsets"]
+        assert (found.start, found.size) == (start + begin, end - begin)
+        assert list(found.shape) == header[found.name]["shape"]
+        assert all(type(axis) is int and axis >= 0 for axis in found.shape)
+        assert found.dtype == header[found.name]["dtype"]
+        assert found.dtype.isascii() and found.dtype.isidentifier() and found.dtype.isupper()
         if found.dtype in DTYPES:
             tensor = found.read()
             assert (tensor.shape, tensor.nbytes) == (found.shape, found.size)
-    start = int.from_bytes(path.read_bytes()[:8], "little") + 8
-    assert start + covered == path.stat().st_size
+    assert position == len(raw)
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+@st.composite
+def moved_tensors(draw: st.DrawFn) -> dict[str, Any]:
+    """A header whose tensors keep their sizes, but lie elsewhere, or one in another's place."""
+    header = copy.deepcopy(VALID)
+    entries = [found for found in header.values() if "data_offsets" in found]
+    if draw(st.booleans()):
+        places = draw(st.permutations([found["data_offsets"] for found in entries]))
+        for found, place in zip(entries, places, strict=True):
+            found["data_offsets"] = place
+    for found in entries:
+        shift = draw(st.sampled_from([0, 0, 2, -2, 6, -6, 24, -24]))
+        found["data_offsets"] = [offset + shift for offset in found["data_offsets"]]
+    return header
 
 
 @attacked
@@ -248,6 +295,22 @@ def attack(path: Path) -> None:
 def test_changed_headers(tmp_path: Path, header: Any, data: int) -> None:
     path = tmp_path / "model.safetensors"
     write_raw(path, header, bytes(range(data)))
+    attack(path)
+
+
+@attacked
+@given(header=changed_leaf(VALID))
+def test_one_wrong_value(tmp_path: Path, header: Any) -> None:
+    path = tmp_path / "model.safetensors"
+    write_raw(path, header, bytes(32))
+    attack(path)
+
+
+@attacked
+@given(header=moved_tensors() | key_twice(VALID))
+def test_tensors_elsewhere_and_keys_twice(tmp_path: Path, header: Any) -> None:
+    path = tmp_path / "model.safetensors"
+    write_raw(path, header, bytes(32))
     attack(path)
 
 

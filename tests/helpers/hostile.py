@@ -43,15 +43,63 @@ json_values = st.recursive(
 
 @st.composite
 def changed_json(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value with up to three places replaced, removed, added or copied elsewhere."""
-    whole = [copy.deepcopy(value)]
+    """A JSON value with up to three places below it replaced, removed, added or copied."""
+    whole = copy.deepcopy(value)
     for _ in range(draw(st.integers(0, 3))):
-        container, key = whole, 0
-        while _children(container[key]) and draw(st.integers(0, 3)):
+        container = whole
+        while keys := _children(container):
+            key = draw(st.sampled_from(keys))
+            if not _children(container[key]) or not draw(st.integers(0, 3)):
+                _change(draw, container, key)
+                break
             container = container[key]
-            key = draw(st.sampled_from(_children(container)))
-        _change(draw, container, key)
-    return whole[0]
+    return whole
+
+
+@st.composite
+def changed_leaf(draw: st.DrawFn, value: Any) -> Any:
+    """A JSON value with one number or text in it replaced, often by a near one."""
+    whole = copy.deepcopy(value)
+    container, key = draw(st.sampled_from(list(_leaves(whole))))
+    old = container[key]
+    near: list[Any] = [[old], None, f"{old} "]
+    near += [old.lower()] if isinstance(old, str) else [-old, float(old), bool(old), str(old)]
+    container[key] = draw(st.sampled_from([*near, *NUMBERS, *TEXTS]))
+    return whole
+
+
+def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
+    for key in _children(value):
+        if isinstance(value[key], (dict, list)):
+            yield from _leaves(value[key])
+        else:
+            yield value, key
+
+
+@st.composite
+def key_twice(draw: st.DrawFn, value: Any) -> bytes:
+    """The text of a JSON value in which one object names a key again, first or last."""
+    outer = draw(st.sampled_from([found for found in _objects(value) if found]))
+    key = draw(st.sampled_from(list(outer)))
+    again = (key, draw(st.sampled_from(list(outer.values())) | json_values))
+    first = draw(st.booleans())
+
+    def text(inner: Any) -> str:
+        if isinstance(inner, list):
+            return f"[{','.join(map(text, inner))}]"
+        if not isinstance(inner, dict):
+            return json.dumps(inner)
+        pairs = list(inner.items())
+        if inner is outer:
+            pairs.insert(0 if first else len(pairs), again)
+        return f"{{{','.join(f'{json.dumps(name)}:{text(own)}' for name, own in pairs)}}}"
+
+    return text(value).encode()
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    below = [found for key in _children(value) for found in _objects(value[key])]
+    return [value, *below] if isinstance(value, dict) else below
 
 
 def _children(value: Any) -> list[Any]:
@@ -62,7 +110,7 @@ def _children(value: Any) -> list[Any]:
 
 def _change(draw: st.DrawFn, container: Any, key: Any) -> None:
     how = draw(st.sampled_from(["replace", "replace", "remove", "add", "copy"]))
-    if how == "replace" or len(container) == 1:
+    if how == "replace":
         container[key] = draw(json_values)
     elif how == "remove":
         del container[key]
