@@ -13,16 +13,14 @@ from austeer.adapters import Component, Site
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
 PLAIN_LLAMAS = ("gemma3_text", "olmo2", "cohere", "granite", "stablelm", "smollm3")
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
-# There these two call no attention function of the caller's.
-OWN_ATTENTION = ("opt", "stablelm") if TRANSFORMERS_4 else ()
+# There these call no attention function of the caller's.
+OWN_ATTENTION = ("opt", "stablelm", "qwen2_moe") if TRANSFORMERS_4 else ()
 # More of them, each with the best layout of pairs that it can take.
 BEST_LAYOUT = {
     **dict.fromkeys((*PLAIN_LLAMAS, "starcoder2", "phi", "opt", "gemma3"), "packed"),
-    **dict.fromkeys(OWN_ATTENTION, "tree"),
-    **dict.fromkeys(("gptj", "falcon"), "tree"),
-    **dict.fromkeys(("bloom", "mpt", "gpt_neo"), "plain"),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"), "packed"),
-    **{"gpt_oss": "tree", "llama4_text": "plain"},
+    **dict.fromkeys(("gptj", "falcon", "gpt_oss", *OWN_ATTENTION), "tree"),
+    **dict.fromkeys(("bloom", "mpt", "gpt_neo", "llama4_text"), "plain"),
 }
 # Mixtures of experts: the block below a layer, and the number of layers at the start that
 # are dense; the others have no neuron.
