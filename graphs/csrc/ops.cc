@@ -16,7 +16,8 @@ namespace {
 constexpr const char* kDomain = "ai.austeer";
 constexpr const char* kCudaProvider = "CUDAExecutionProvider";
 // Below so many bytes of a block, waking a thread costs more than the work.
-constexpr std::size_t kBlockBytes = std::size_t{1} << 17;
+constexpr std::size_t kBlockBytes = std::size_t{1} << 18;
+constexpr std::size_t kLine = 64;
 constexpr std::size_t kMostBlocks = 256;
 
 // One registered operator: a name, a type of x and y, and where it runs. The callbacks get a
@@ -146,8 +147,10 @@ void run_block(void* data, std::size_t number) {
 
 ort::Status* run_on_cpu(const Op& op, const ort::Context* context, const Site& site,
                         const Rows& rows) {
-  const std::size_t step = rows.width * size_of(op.type);
-  std::size_t block = std::max<std::size_t>(1, kBlockBytes / step);
+  std::size_t touched = rows.width * size_of(op.type);
+  // In place, of a token only the cache lines that hold a unit.
+  if (rows.x == rows.y) touched = std::min(touched, (site.k + 1) * kLine);
+  std::size_t block = std::max<std::size_t>(1, kBlockBytes / touched);
   block = std::max(block, (rows.tokens + kMostBlocks - 1) / kMostBlocks);
   const std::size_t blocks = (rows.tokens + block - 1) / block;
   Work work{op.type, site, rows, block};
