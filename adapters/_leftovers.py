@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 notice = logging.getLogger("austeer")
@@ -25,12 +26,7 @@ def locked_directory(out: Path) -> tuple[Path, int]:
     Raises:
         OSError: it cannot be made.
     """
-    for _ in range(_TRIES):
-        work = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-        lock = _lock(work)
-        if lock is not None:
-            return work, lock
-    raise FileExistsError(f"{out}: other runs took every temporary beside it")
+    return _locked(out, lambda: tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
 
 
 def locked_file(out: Path) -> tuple[Path, int]:
@@ -39,12 +35,21 @@ def locked_file(out: Path) -> tuple[Path, int]:
     Raises:
         OSError: it cannot be made.
     """
-    for _ in range(_TRIES):
+
+    def make() -> str:
         handle, name = tempfile.mkstemp(prefix=_prefix(out), dir=out.parent)
         os.close(handle)
-        lock = _lock(Path(name))
+        return name
+
+    return _locked(out, make)
+
+
+def _locked(out: Path, make: Callable[[], str]) -> tuple[Path, int]:
+    for _ in range(_TRIES):
+        work = Path(make())
+        lock = _lock(work)
         if lock is not None:
-            return Path(name), lock
+            return work, lock
     raise FileExistsError(f"{out}: other runs took every temporary beside it")
 
 

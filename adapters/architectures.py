@@ -18,6 +18,7 @@ from austeer.adapters.mixtures import Experts, Mixture
 
 __all__ = [
     "ARCHITECTURES",
+    "TRANSFORMERS_4",
     "Architecture",
     "Hookpoint",
     "architecture_of",
@@ -34,8 +35,9 @@ _GPT = partial(
     norm="transformer.ln_f",
 )
 
+TRANSFORMERS_4 = version("transformers").startswith("4.")
 # What transformers 5 calls `mlp`.
-_MIXTRAL_BLOCK = "block_sparse_moe" if version("transformers").startswith("4.") else "mlp"
+_MIXTRAL_BLOCK = "block_sparse_moe" if TRANSFORMERS_4 else "mlp"
 
 _FINE_EXPERTS = (
     Experts("mlp.gate.weight", "mlp.experts.{e}.down_proj.weight"),

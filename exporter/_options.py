@@ -12,12 +12,11 @@ import click
 
 from austeer.adapters.sites import Component
 from austeer.exporter.routes import Route
-from austeer.exporter.settings import BaseOptions
+from austeer.exporter.settings import STORED_DTYPES, BaseOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FOLDER = click.Path(path_type=Path)
-DTYPES = ("float32", "bfloat16", "float16")
 STRENGTHS = ("auto", "paper", "oriented", "fitted", "adaptive")
 
 
@@ -42,7 +41,8 @@ base_options = together(
         help="auto: spread the model over all devices, through accelerate.",
     ),
     click.option(
-        "--dtype", type=click.Choice(DTYPES), help="Load in this dtype.  [default: the model's]"
+        "--dtype", type=click.Choice(list(STORED_DTYPES)),
+        help="Load in this dtype.  [default: the model's]",
     ),
     click.option("--revision", help="Hub revision of the model."),
     click.option(
@@ -128,8 +128,8 @@ storage_options = together(
     click.option(
         "--max-shard-size",
         callback=lambda _, __, text: None if text is None else parse_size(text),
-        help="Write the weights anew in files of at most this size, such as 5GB.  "
-        "[default: the base's files]",
+        help="Write the weights anew in files of at most so many bytes of tensors, such as "
+        "5GB.  [default: the base's files]",
     ),
 )  # fmt: skip
 sums_option = click.option(

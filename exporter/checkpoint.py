@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from austeer.adapters._errors import ModelError
-from austeer.adapters._files import refuse_foreign_link
+from austeer.adapters._files import read_json, refuse_foreign_link
+from austeer.adapters._json import is_writable
 from austeer.adapters.tensors import (
     INDEX,
     SINGLE,
@@ -258,6 +259,26 @@ def _write_all(write: FileIO, data: bytes | memoryview) -> None:
 
 def _unreadable(source: Path, error: OSError) -> ModelError:
     return ModelError(f"{source}: cannot read it ({error.strerror}); fetch the model again")
+
+
+def refuse_unwritable(config: Mapping[str, Any], root: Path) -> None:
+    """Refuse a config that is to be written anew, and holds what JSON cannot say.
+
+    Raises:
+        ModelError: as said.
+    """
+    if not is_writable(config):
+        raise ModelError(
+            f"{root}/config.json: holds NaN, infinity or half of a surrogate pair, which JSON "
+            "has no way to write; fetch the model again"
+        )
+
+
+def index_metadata(folder: Path) -> dict[str, Any]:
+    """What the index of a sharded checkpoint says besides its map; empty without one."""
+    path = folder / INDEX
+    found = read_json(path, ModelError, "").get("metadata") if path.is_file() else None
+    return found if isinstance(found, dict) and is_writable(found) else {}
 
 
 def shared_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:

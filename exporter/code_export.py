@@ -14,7 +14,6 @@ from typing import Any
 
 from austeer.adapters._errors import ModelError, RouteError
 from austeer.adapters._files import publish_directory, read_json, write_json
-from austeer.adapters._json import is_writable
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import skips_projections
 from austeer.adapters.card import model_card
@@ -28,7 +27,11 @@ from austeer.adapters.steered_format import (
 )
 from austeer.adapters.steered_site import touched_tensors
 from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, Tensors, write_tensors
-from austeer.exporter.checkpoint import copy_checkpoint
+from austeer.exporter.checkpoint import (
+    copy_checkpoint,
+    index_metadata,
+    refuse_unwritable,
+)
 from austeer.exporter.code_check import verify_code_structure
 from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
 from austeer.exporter.provenance import ProductFacts, Seal
@@ -118,11 +121,7 @@ def _refuse(
             f"{base}: brings code of its own (auto_map), which a second modelling file cannot "
             "extend; export it to ONNX or attach it to the live model"
         )
-    if not is_writable(config):
-        raise ModelError(
-            f"{base}/config.json: holds NaN, infinity or half of a surrogate pair, which JSON "
-            "has no way to write; fetch the model again"
-        )
+    refuse_unwritable(config, base)
     if skips_projections(config.get):
         raise RouteError(
             f"{base}: slow_but_exact with pretraining_tp calls no projection, so that no hook "
@@ -143,14 +142,12 @@ def _is_bare(checkpoint: Checkpoint, adapter: SteeringAdapter) -> bool:
 
 def _write_index(checkpoint: Checkpoint, steering: Tensors, folder: Path) -> None:
     """List the base's files and the steering in one index."""
-    metadata: dict[str, Any] = {}
     if (folder / SINGLE).is_file():
         (folder / SINGLE).rename(folder / _ONLY_SHARD)
         shards = dict.fromkeys(checkpoint, _ONLY_SHARD)
     else:
         shards = {name: entry.file.name for name, entry in checkpoint.items()}
-        found = read_json(folder / INDEX, ModelError, "").get("metadata")
-        metadata = found if isinstance(found, dict) and is_writable(found) else {}
+    metadata = index_metadata(folder)
     sizes = [entry.size for entry in checkpoint.values()]
     metadata["total_size"] = sum(sizes) + sum(tensor.nbytes for tensor in steering.values())
     shards |= dict.fromkeys(steering, STEERING_NAME)

@@ -69,7 +69,9 @@ def fold_rows(rows: Array, first: int, edits: Sequence[TensorEdit]) -> int:
     whole = rows.copy() if len(parts) > 1 else None
     for part, after in zip(parts, afters, strict=True):
         rows[(slice(None),) * part.axis + (part.index,)] = after
-    return _differing(befores[0], afters[0]) if whole is None else _differing(whole, rows)
+    return (
+        changed_values(befores[0], afters[0]) if whole is None else changed_values(whole, rows)
+    )
 
 
 def _within(edit: TensorEdit, first: int, count: int) -> TensorEdit:
@@ -80,7 +82,8 @@ def _within(edit: TensorEdit, first: int, count: int) -> TensorEdit:
     return dataclasses.replace(edit, index=edit.index[inside] - first, gain=edit.gain[inside])
 
 
-def _differing(before: Array, after: Array) -> int:
+def changed_values(before: Array, after: Array) -> int:
+    """How many values have other bits."""
     bits = np.dtype(f"u{before.itemsize}")
     return int(np.count_nonzero(before.view(bits) != after.view(bits)))
 
@@ -134,7 +137,7 @@ def fold_scale_rows(rows: Array, first: int, edits: Sequence[TensorEdit]) -> int
     """
     assert first == 0  # whether a unit vanishes only all its scales tell
     folded = fold_scales(rows, edits)
-    changed = _differing(rows, folded)
+    changed = changed_values(rows, folded)
     rows[...] = folded
     return changed
 

@@ -29,7 +29,8 @@ from austeer.exporter.fold import round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES
 from austeer.exporter.quantized_formats import Quantization, quantization_of
 from austeer.exporter.quantized_plan import INPUT_SIDE, bias_entry, locate_sites
-from austeer.exporter.rewrite import STORED_DTYPES, name_dtype
+from austeer.exporter.rewrite import name_dtype
+from austeer.exporter.settings import STORED_DTYPES
 
 Array = np.ndarray[Any, Any]
 Gain = Float[np.ndarray, " width"]
@@ -91,7 +92,7 @@ def verify_fold_structure(
         if converted is not None:
             raise VerificationError(f"{folder}: a quantized base got another dtype")
         gains = dict(_quantized_gains(adapter, before, quantization, scale))
-    _check_same_config(base, folder, converted=converted)
+    _check_same_config(base, after, converted)
     others = [] if touched_only else sorted(set(before) - set(gains))
     for name in others:
         if before[name].dtype != after[name].dtype:
@@ -235,8 +236,11 @@ def converted_dtype(base: Path, folder: Path) -> str | None:
         VerificationError: it has other tensors than the base.
         ModelError: one of the two cannot be read.
     """
-    names = {stored: name for name, stored in STORED_DTYPES.items()}
-    return names.get(_check_same_tensors(Checkpoint(base), Checkpoint(folder)) or "")
+    return _torch_name(_check_same_tensors(Checkpoint(base), Checkpoint(folder)))
+
+
+def _torch_name(stored: str | None) -> str | None:
+    return next((name for name, dtype in STORED_DTYPES.items() if dtype == stored), None)
 
 
 def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> str | None:
@@ -269,24 +273,40 @@ def _dtype_in(entry: TensorEntry, converted: str | None) -> str:
     return converted if converted and entry.dtype in FOLDABLE_DTYPES else entry.dtype
 
 
-def _check_same_config(base: Path, folder: Path, *, converted: str | None) -> None:
+def _check_same_config(base: Path, after: Checkpoint, converted: str | None) -> None:
     expected, found = (
-        read_json(root / "config.json", ModelError, _WHOLE) for root in (base, folder)
+        read_json(root / "config.json", ModelError, _WHOLE) for root in (base, after.root)
     )
-    dtype = converted or _only_dtype(Checkpoint(folder))
-    named = name_dtype(expected, {v: k for k, v in STORED_DTYPES.items()}.get(dtype or ""))
+    named = name_dtype(expected, _torch_name(converted or _only_dtype(after)))
     # A base whose config names another dtype than it has is put right where one was asked for.
     if found != named and (converted or found != expected):
-        raise VerificationError(f"{folder}/config.json: differs from the base's")
+        raise VerificationError(f"{after.root}/config.json: differs from the base's")
 
 
 def same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
     """Whether two stored tensors of one size have the same bytes; memory for a chunk."""
-    with before.file.open("rb") as first, after.file.open("rb") as second:
-        first.seek(before.start)
-        second.seek(after.start)
-        for done in range(0, before.size, _CHUNK):
-            length = min(_CHUNK, before.size - done)
-            if first.read(length) != second.read(length):
-                return False
-    return True
+    places = (before.file, before.start), (after.file, after.start)
+    return differing_chunk(*places, before.size) is None
+
+
+def differing_chunk(
+    first: tuple[Path, int], second: tuple[Path, int], size: int
+) -> tuple[int, int] | None:
+    """The first chunk in which two stretches of files differ; None where they are the same.
+
+    Args:
+        first: a file, and where in it to start.
+        second: the other.
+        size: how many bytes to compare.
+
+    Returns:
+        Where the chunk starts and ends, counted from the start of the stretch.
+    """
+    with first[0].open("rb") as one, second[0].open("rb") as other:
+        one.seek(first[1])
+        other.seek(second[1])
+        for done in range(0, size, _CHUNK):
+            length = min(_CHUNK, size - done)
+            if one.read(length) != other.read(length):
+                return done, done + length
+    return None

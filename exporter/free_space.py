@@ -78,16 +78,17 @@ def product_size(
         ModelError: the base is malformed.
     """
     own = sum(tensor.nbytes for tensor in adapter.tensors().values())
+    checkpoint = Checkpoint(base)
     if not route.is_peft:
-        size = own + _model_size(route, Checkpoint(base), dtype)
-        return size + (_difference(route, Checkpoint(base), adapter, stored) if stored else 0)
+        size = own + _model_size(route, checkpoint, dtype)
+        return size + (_difference(route, checkpoint, adapter, stored) if stored else 0)
     ranks: Counter[str] = Counter()
     for steered in adapter.sites:
         ranks[adapter.architecture.projection(steered.site)] += len(steered.index)
     layers = {steered.site.layer for steered in adapter.sites}
     # Every kind of projection that is steered in one layer gets zeros in the others.
     modules = len(layers) * len(adapter.config.components)
-    values = modules * max(ranks.values()) * _widths(adapter.architecture, Checkpoint(base))
+    values = modules * max(ranks.values()) * _widths(adapter.architecture, checkpoint)
     return _SMALL + _FLOAT32 * values
 
 

@@ -13,7 +13,12 @@ from jaxtyping import Float
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Component
-from austeer.exporter.fold_check import StructureReport, dense_gain, values_error
+from austeer.exporter.fold_check import (
+    StructureReport,
+    dense_gain,
+    differing_chunk,
+    values_error,
+)
 from austeer.exporter.gguf_file import GgufFile, GgufTensor, read_gguf, tensor_name
 from austeer.exporter.gguf_plan import objection
 
@@ -109,16 +114,12 @@ def _check_rest(file: GgufFile, product: Path, touched: list[GgufTensor]) -> Non
 
 
 def _check_same(file: GgufFile, product: Path, start: int, end: int) -> None:
-    with file.path.open("rb") as first, product.open("rb") as second:
-        first.seek(start)
-        second.seek(start)
-        for done in range(start, end, _CHUNK):
-            length = min(_CHUNK, end - done)
-            if first.read(length) != second.read(length):
-                name = _name_at(file, done, done + length)
-                raise VerificationError(
-                    f"{product}: {name} differs from the base's, the adapter does not touch it"
-                )
+    chunk = differing_chunk((file.path, start), (product, start), end - start)
+    if chunk is not None:
+        name = _name_at(file, start + chunk[0], start + chunk[1])
+        raise VerificationError(
+            f"{product}: {name} differs from the base's, the adapter does not touch it"
+        )
 
 
 def _name_at(file: GgufFile, start: int, end: int) -> str:

@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from austeer.adapters._errors import OutputError, RouteError
 from austeer.adapters._files import publish_file
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.exporter.checkpoint import copy_file
-from austeer.exporter.fold import fold_scales, fold_tensor
+from austeer.exporter.fold import changed_values, fold_scales, fold_tensor
 from austeer.exporter.gguf_check import verify_gguf_structure
 from austeer.exporter.gguf_file import FLOATS, Array, GgufTensor, is_gguf, read_gguf
 from austeer.exporter.gguf_plan import check_gguf_base, gguf_notes, plan_gguf
@@ -105,7 +103,6 @@ def _fold(field: Array, tensor: GgufTensor, edits: Sequence[TensorEdit]) -> int:
     """Fold one view into the tensor's bytes, in place."""
     plain = tensor.kind in FLOATS
     folded = (fold_tensor if plain else fold_scales)(field, edits)
-    bits = np.dtype(f"u{field.itemsize}")
-    changed = int(np.count_nonzero(field.copy().view(bits) != folded.view(bits)))
+    changed = changed_values(field.copy(), folded)
     field[...] = folded
     return changed

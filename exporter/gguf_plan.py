@@ -6,8 +6,6 @@ gain multiplies a column, which only a plain matrix can express: blocks run alon
 
 from __future__ import annotations
 
-import numpy as np
-
 from austeer.adapters._errors import AdapterError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.fingerprint import fingerprint
@@ -22,7 +20,7 @@ from austeer.exporter.gguf_file import (
     GgufTensor,
     tensor_name,
 )
-from austeer.exporter.plan import FoldPlan, TensorEdit, plan_fold
+from austeer.exporter.plan import FoldPlan, TensorEdit, gain_of, plan_fold
 from austeer.exporter.quantized_formats import REMEDY
 from austeer.exporter.quantized_plan import INPUT_SIDE, notes_on
 
@@ -106,7 +104,7 @@ def _site_edits(
     if reason is not None:
         return Refusal(site, reason)
     steered.check_width(weight.shape[axis])
-    gain = 1.0 + float(scale) * steered.gamma.astype(np.float64)
+    gain = gain_of(steered, scale)
     edits = [TensorEdit(weight.name, axis, steered.index, gain, (site,))]
     bias = file.tensors.get(tensor_name(site, "bias"))
     if bias is not None and site.component is Component.FFN:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
-import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from austeer.adapters._errors import RouteError
 from austeer.adapters._files import write_json
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.architectures import architecture_of, text_config
+from austeer.adapters.architectures import TRANSFORMERS_4, architecture_of, text_config
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import module_reader
 from austeer.adapters.tokens import context_length
@@ -208,7 +207,7 @@ def _check_exportable(model: PreTrainedModel) -> None:
             f"{model.config.model_type}: its ALiBi is computed in bfloat16, which the CPU "
             "provider of onnxruntime does not do; fold into safetensors instead"
         )
-    if model.config.model_type == "mpt" and transformers.__version__.startswith("4."):
+    if model.config.model_type == "mpt" and TRANSFORMERS_4:
         raise RouteError(
             "mpt: transformers 4 gives a graph with other logits; export it with transformers "
             "5, or fold into safetensors"
@@ -218,10 +217,7 @@ def _check_exportable(model: PreTrainedModel) -> None:
             f"{model.config.model_type}: a vision-language model also reads images, for which "
             "no graph is made here; fold into safetensors instead"
         )
-    if (
-        transformers.__version__.startswith("4.")
-        and architecture_of(model.config.model_type).mixture
-    ):
+    if TRANSFORMERS_4 and architecture_of(model.config.model_type).mixture:
         raise RouteError(
             f"{model.config.model_type}: in transformers 4 its experts are chosen by a loop "
             "that no graph can hold; export it with transformers 5, or fold into safetensors"

@@ -96,6 +96,11 @@ def plan_fold(
     )
 
 
+def gain_of(steered: SteeredSite, scale: float) -> Float[np.ndarray, " k"]:
+    """Factor of each steered unit, 1 + scale · γ in float64."""
+    return 1.0 + float(scale) * steered.gamma.astype(np.float64)
+
+
 def describe_refusals(refusals: Sequence[Refusal]) -> str:
     """All refusals in one line, sites with the same reason together."""
     grouped: dict[str, list[str]] = {}
@@ -142,7 +147,7 @@ def _site_edits(
     targets = carriers(architecture, site, partial(stored_shape, architecture, tensors))
     if isinstance(targets, Refusal):
         return targets
-    gain = 1.0 + float(scale) * steered.gamma.astype(np.float64)
+    gain = gain_of(steered, scale)
     edits: dict[str, TensorEdit] = {}
     for target in targets:
         # All experts in one tensor are one edit.

@@ -9,14 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.sites import Component, Refusal, Site
 from austeer.adapters.steered_site import SteeredSite
 from austeer.adapters.tensors import TensorEntry
-from austeer.exporter.plan import FOLDABLE_DTYPES, FoldPlan, TensorEdit, plan_fold, stored_shape
+from austeer.exporter.plan import (
+    FOLDABLE_DTYPES,
+    FoldPlan,
+    TensorEdit,
+    gain_of,
+    plan_fold,
+    stored_shape,
+)
 from austeer.exporter.quantized_formats import REMEDY, Quantization, RowScales, row_scales
 
 Shared = Mapping[str, tuple[str, ...]]
@@ -198,7 +203,7 @@ def _site_edits(
     bias = bias_entry(adapter, steered, tensors)
     if bias is not None:
         targets.append((bias, 0))
-    gain = 1.0 + float(scale) * steered.gamma.astype(np.float64)
+    gain = gain_of(steered, scale)
     for entry, axis in targets:
         if entry.name in shared:
             return Refusal(

@@ -80,7 +80,7 @@ def write_quantized(
         )
     if not gguf:
         options["stored"] = handling.stored
-    if gguf:
+    else:
         check_gguf_output(out)
         if base.is_file():
             check_space(out, base.stat().st_size, [base])

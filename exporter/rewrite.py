@@ -29,12 +29,16 @@ from austeer.adapters.tensors import (
     read_rows,
 )
 from austeer.exporter._threads import run_in_threads
-from austeer.exporter.checkpoint import Copied, copy_companions
+from austeer.exporter.checkpoint import (
+    Copied,
+    copy_companions,
+    index_metadata,
+    refuse_unwritable,
+)
 from austeer.exporter.fold import fold_rows, round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES, TensorEdit
-from austeer.exporter.settings import StoredAs
+from austeer.exporter.settings import STORED_DTYPES, StoredAs
 
-STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of transformers 5 and 4
 _ALIGNMENT = 8
 
@@ -101,11 +105,7 @@ def rewrite_checkpoint(
         names.append(INDEX)
     if stored.dtype is not None:
         config = read_json(folder / "config.json", ModelError, "")
-        if not is_writable(config):
-            raise ModelError(
-                f"{checkpoint.root}/config.json: holds NaN, infinity or half of a surrogate "
-                "pair, which JSON has no way to write; fetch the model again"
-            )
+        refuse_unwritable(config, checkpoint.root)
         write_json(folder / "config.json", name_dtype(config, stored.dtype))
     return Copied(tuple(sorted([*names, *copied])), changed)
 
@@ -210,16 +210,13 @@ def _write_index(
     names: Sequence[str],
     shards: Sequence[Sequence[_Tensor]],
 ) -> None:
-    known = checkpoint.root / INDEX
-    found = read_json(known, ModelError, "").get("metadata") if known.is_file() else None
-    metadata = found if isinstance(found, dict) and is_writable(found) else {}
     sizes = sum(tensor.size for shard in shards for tensor in shard)
     weight_map = {
         tensor.entry.name: name
         for name, shard in zip(names, shards, strict=True)
         for tensor in shard
     }
-    metadata = metadata | {"total_size": sizes}
+    metadata = index_metadata(checkpoint.root) | {"total_size": sizes}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 

@@ -42,6 +42,10 @@ class BaseOptions:
     trust_remote_code: bool = False
 
 
+STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Names of torch dtypes that models are loaded and stored in, and of those in a file."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredAs:
     """How the weight files of a checkpoint are written.
@@ -61,7 +65,7 @@ class StoredAs:
     max_shard_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+        if self.dtype not in (None, *STORED_DTYPES):
             raise RouteError(
                 f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}"
             )
