@@ -106,7 +106,7 @@ def preload() -> None:
     for name in (
         "austeer.exporter.code_export",
         "austeer.exporter.onnx_export",
-        "austeer.exporter.product_check",
+        "austeer.exporter.proofs.product_check",
         "austeer.exporter.run",
         "austeer.exporter.verify",
         "austeer.graphs",

@@ -10,13 +10,13 @@ from austeer.exporter.settings import BaseOptions, Handling, ProductRequest, Run
 
 if TYPE_CHECKING:
     from austeer.exporter.code_export import export_code
-    from austeer.exporter.code_parity import verify_code
     from austeer.exporter.graft import GraftRequest, graft_job
     from austeer.exporter.merge import MergeSummary, merge_checkpoint
     from austeer.exporter.peft_export import PeftSummary, convert_peft
-    from austeer.exporter.peft_parity import verify_peft
-    from austeer.exporter.product_check import verify_product
     from austeer.exporter.products import Export, export_product
+    from austeer.exporter.proofs.code_parity import verify_code
+    from austeer.exporter.proofs.peft_parity import verify_peft
+    from austeer.exporter.proofs.product_check import verify_product
     from austeer.exporter.run import RunReport, fit_job, run_job
     from austeer.exporter.stages import localize_job
     from austeer.exporter.verify import (
@@ -69,10 +69,10 @@ _LAZY = {
     "merge_checkpoint": "austeer.exporter.merge",
     "run_job": "austeer.exporter.run",
     "verify_checkpoint": "austeer.exporter.verify",
-    "verify_code": "austeer.exporter.code_parity",
+    "verify_code": "austeer.exporter.proofs.code_parity",
     "verify_onnx": "austeer.exporter.verify",
-    "verify_peft": "austeer.exporter.peft_parity",
-    "verify_product": "austeer.exporter.product_check",
+    "verify_peft": "austeer.exporter.proofs.peft_parity",
+    "verify_product": "austeer.exporter.proofs.product_check",
 }
 
 

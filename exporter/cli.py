@@ -13,14 +13,14 @@ import click
 
 from austeer.adapters._errors import NoEffectError
 from austeer.adapters.sites import Component
-from austeer.exporter._console import (
+from austeer.exporter.commands._console import (
     TranslatingGroup,
     command_line,
     print_json,
     print_table,
     progress_on_terminal,
 )
-from austeer.exporter._options import (
+from austeer.exporter.commands._options import (
     base_options,
     chosen_base,
     fit_options,
@@ -29,9 +29,9 @@ from austeer.exporter._options import (
     out_option,
     sums_option,
 )
-from austeer.exporter.adapter_commands import combine, show
-from austeer.exporter.graft_command import graft
-from austeer.exporter.product_commands import merge, onnx, peft, verify
+from austeer.exporter.commands.adapter_commands import combine, show
+from austeer.exporter.commands.graft_command import graft
+from austeer.exporter.commands.product_commands import merge, onnx, peft, verify
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import (
     BaseOptions,
@@ -165,7 +165,7 @@ for command in (merge, onnx, peft, verify, graft, show, combine):
 @json_option
 def doctor(as_json: bool) -> None:
     """Versions, onnxruntime providers, devices, op library; exits 1 on a problem."""
-    from austeer.exporter.environment import describe_environment, environment_rows
+    from austeer.exporter.commands.environment import describe_environment, environment_rows
 
     values = describe_environment()
     if as_json:

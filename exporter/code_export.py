@@ -32,8 +32,8 @@ from austeer.exporter.checkpoint import (
     index_metadata,
     refuse_unwritable,
 )
-from austeer.exporter.code_check import verify_code_structure
 from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
+from austeer.exporter.proofs.code_check import verify_code_structure
 from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.routes import Route
 

@@ -18,11 +18,11 @@ from austeer.adapters.steered_site import check_layer
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.checkpoint import Change, Copied, copy_checkpoint, shared_names
 from austeer.exporter.fold import fold_rows, fold_scale_rows
-from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
+from austeer.exporter.proofs.fold_check import verify_fold_structure
 from austeer.exporter.provenance import ProductFacts, Seal
-from austeer.exporter.quantized_formats import Quantization, quantization_of
-from austeer.exporter.quantized_plan import locate_sites, plan_quantized, quantized_notes
+from austeer.exporter.quantized.formats import Quantization, quantization_of
+from austeer.exporter.quantized.plan import locate_sites, plan_quantized, quantized_notes
 from austeer.exporter.rewrite import rewrite_checkpoint
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import StoredAs

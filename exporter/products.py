@@ -16,7 +16,7 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
 from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.provenance import ProductFacts, Seal
-from austeer.exporter.quantized_products import quantized_base, write_quantized
+from austeer.exporter.quantized.products import quantized_base, write_quantized
 from austeer.exporter.route_steps import prove_product, write_product
 from austeer.exporter.routes import Route, check_routes
 from austeer.exporter.settings import BaseOptions, Handling, ProductRequest

@@ -84,9 +84,9 @@ def prove_product(
     Raises:
         VerificationError: it does not load, or its files are not made of the base's.
     """
-    from austeer.exporter.code_check import verify_code_structure
-    from austeer.exporter.code_parity import verify_code
-    from austeer.exporter.peft_parity import verify_peft
+    from austeer.exporter.proofs.code_check import verify_code_structure
+    from austeer.exporter.proofs.code_parity import verify_code
+    from austeer.exporter.proofs.peft_parity import verify_peft
     from austeer.exporter.verify import verify_checkpoint, verify_fold_structure, verify_onnx
 
     model, tokenizer = base.model, base.tokenizer

@@ -2,10 +2,10 @@
 
 Everything is judged against a float32 truth: the base in float32 with hooks. A reduced
 dtype earns an allowance on top of the float32 bound, measured and never guessed: for a fold
-see `austeer.exporter.allowance`; an ONNX graph also rounds activations, as the live model in
-that dtype does, so its allowance is twice the live model's own distance from the truth; a
-float32 graph of a reduced-precision base has none. `austeer.exporter.peft_parity` and
-`austeer.exporter.code_parity` prove the other products.
+see `austeer.exporter.proofs.allowance`; an ONNX graph also rounds activations, as the live
+model in that dtype does, so its allowance is twice the live model's own distance from the
+truth; a float32 graph of a reduced-precision base has none. `austeer.exporter.proofs` holds
+those of the other products.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import text_config
 from austeer.adapters.fingerprint import module_reader
-from austeer.exporter.allowance import SAFETY, fold_rounding, rounding_allowance
-from austeer.exporter.fold_check import verify_fold_structure
-from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
-from austeer.exporter.reference import (
+from austeer.exporter.proofs.allowance import SAFETY, fold_rounding, rounding_allowance
+from austeer.exporter.proofs.fold_check import verify_fold_structure
+from austeer.exporter.proofs.parity import ParityReport, compare_logits, float32_bound
+from austeer.exporter.proofs.reference import (
     context_length,
     encode_prompts,
     float32_truth,

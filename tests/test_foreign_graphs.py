@@ -30,7 +30,7 @@ from reference import PATHS
 
 from austeer.adapters import SteeringAdapter
 from austeer.exporter.graft import GraftRequest, graft_job
-from austeer.exporter.parity import FLOAT32_BOUND
+from austeer.exporter.proofs.parity import FLOAT32_BOUND
 from austeer.graphs import OnnxCausalLM
 from austeer.graphs.custom_op import library_file
 

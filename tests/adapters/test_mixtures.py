@@ -19,8 +19,8 @@ from austeer.adapters.fingerprint import checkpoint_reader, fingerprint, module_
 from austeer.adapters.mixtures import Carrier, Experts, Mixture, carriers, projections_of
 from austeer.adapters.sites import Component, Refusal
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.merge import merge_checkpoint
+from austeer.exporter.proofs.fold_check import verify_fold_structure
 
 Saved = Callable[..., Path]
 FFN = Site(1, Component.FFN)

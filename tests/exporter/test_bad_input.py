@@ -500,7 +500,7 @@ def test_scale_that_is_no_number(
 def test_failure_names_the_product_and_not_its_temporary(
     tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from austeer.exporter import parity
+    from austeer.exporter.proofs import parity
 
     monkeypatch.setattr(parity, "FLOAT32_BOUND", -1.0)  # which nothing keeps
     out = tmp_path / "out"

@@ -288,7 +288,7 @@ def test_doctor_names_a_library_that_does_not_work(
 
 def test_doctor_names_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"transformers": "6.1.0", "onnxruntime": "1.30", "onnxruntime-gpu": "1.19.2"}
-    monkeypatch.setattr("austeer.exporter.environment._version", versions.get)
+    monkeypatch.setattr("austeer.exporter.commands.environment._version", versions.get)
     result = invoke("doctor", exit_code=1)
     for words in ("transformers 6.1.0", "overwrite each other", "1.19.2", "torch is not"):
         assert words in result.stderr

@@ -32,9 +32,9 @@ from austeer.adapters.steered_format import CODE_NAME, STEERING_NAME
 from austeer.adapters.tensors import INDEX, Checkpoint, TensorEntry
 from austeer.exporter import Route, code_export
 from austeer.exporter.cli import cli
-from austeer.exporter.code_check import private_code_cache, verify_code_structure
 from austeer.exporter.code_export import export_code
-from austeer.exporter.code_parity import verify_code
+from austeer.exporter.proofs.code_check import private_code_cache, verify_code_structure
+from austeer.exporter.proofs.code_parity import verify_code
 from austeer.exporter.routes import candidate_components, resolve_strength, route_of
 
 PROMPTS = ("one day Tom felt happy and went to the park .", "Mia was sad")
@@ -392,7 +392,7 @@ def test_product_that_fails_is_not_published(
     wrong = tmp_path.parent / f"{tmp_path.name}-{CODE_NAME}"
     wrong.write_text(code_export.code_file().read_text().replace("4.0 * torch", "3.0 * torch"))
     monkeypatch.setattr(code_export, "code_file", lambda: wrong)
-    monkeypatch.setattr("austeer.exporter.code_check.code_file", lambda: wrong)
+    monkeypatch.setattr("austeer.exporter.proofs.code_check.code_file", lambda: wrong)
     before = sorted(tmp_path.iterdir())
     arguments = ("merge", base, saved_adapter, "-o", tmp_path / "out", "--code")
     result = invoke(*arguments, exit_code=4)

@@ -31,7 +31,7 @@ from austeer.adapters.sites import Component, Site
 from austeer.exporter.cli import cli
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.peft_export import check_peft_base, convert_peft, write_peft
-from austeer.exporter.peft_parity import verify_peft
+from austeer.exporter.proofs.peft_parity import verify_peft
 from austeer.exporter.routes import Route, candidate_components, route_of
 
 LORA, IA3 = Route.LORA, Route.IA3

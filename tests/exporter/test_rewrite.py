@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from austeer.adapters import ModelError, RouteError, SteeringAdapter, VerificationError
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter._options import parse_size
 from austeer.exporter.cli import cli
-from austeer.exporter.fold_check import verify_fold_structure
+from austeer.exporter.commands._options import parse_size
 from austeer.exporter.merge import merge_checkpoint
+from austeer.exporter.proofs.fold_check import verify_fold_structure
 from austeer.exporter.rewrite import rewrite_checkpoint
 from austeer.exporter.settings import StoredAs
 

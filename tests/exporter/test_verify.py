@@ -14,9 +14,9 @@ import torch
 import austeer.graphs
 from austeer.adapters import AdapterError, SteeringAdapter, VerificationError
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.allowance import fold_rounding, rounding_allowance
 from austeer.exporter.merge import merge_checkpoint
-from austeer.exporter.reference import encode_prompts, greedy_agreement
+from austeer.exporter.proofs.allowance import fold_rounding, rounding_allowance
+from austeer.exporter.proofs.reference import encode_prompts, greedy_agreement
 from austeer.exporter.verify import verify_checkpoint, verify_onnx
 
 PROMPTS = ("one day Tom felt happy and went to the park .", "Mia was sad", "the sun so very")

@@ -11,11 +11,11 @@ from austeer.adapters._files import publish_file
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.exporter.checkpoint import copy_file
 from austeer.exporter.fold import changed_values, fold_scales, fold_tensor
-from austeer.exporter.gguf_check import verify_gguf_structure
-from austeer.exporter.gguf_file import FLOATS, Array, GgufTensor, is_gguf, read_gguf
-from austeer.exporter.gguf_plan import check_gguf_base, gguf_notes, plan_gguf
 from austeer.exporter.merge import MergeSummary, check_effect
 from austeer.exporter.plan import FoldPlan, TensorEdit, describe_refusals
+from austeer.exporter.quantized.gguf_check import verify_gguf_structure
+from austeer.exporter.quantized.gguf_file import FLOATS, Array, GgufTensor, is_gguf, read_gguf
+from austeer.exporter.quantized.gguf_plan import check_gguf_base, gguf_notes, plan_gguf
 
 
 def merge_gguf(

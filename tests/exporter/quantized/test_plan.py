@@ -32,8 +32,8 @@ from austeer.adapters.config import Strength
 from austeer.adapters.predictor import Predictor
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.steered_site import SteeredSite
-from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.merge import merge_checkpoint
+from austeer.exporter.proofs.fold_check import verify_fold_structure
 
 WEIGHTS = "model.safetensors"
 DOWN = "model.layers.{}.mlp.down_proj"

@@ -11,7 +11,9 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.fingerprint import fingerprint
 from austeer.adapters.sites import Component, Refusal
 from austeer.adapters.steered_site import SteeredSite, check_layer
-from austeer.exporter.gguf_file import (
+from austeer.exporter.plan import FoldPlan, TensorEdit, gain_of, plan_fold
+from austeer.exporter.quantized.formats import REMEDY
+from austeer.exporter.quantized.gguf_file import (
     ARCHITECTURES,
     BLOCKS,
     FLOATS,
@@ -20,9 +22,7 @@ from austeer.exporter.gguf_file import (
     GgufTensor,
     tensor_name,
 )
-from austeer.exporter.plan import FoldPlan, TensorEdit, gain_of, plan_fold
-from austeer.exporter.quantized_formats import REMEDY
-from austeer.exporter.quantized_plan import INPUT_SIDE, notes_on
+from austeer.exporter.quantized.plan import INPUT_SIDE, notes_on
 
 _EXACT = ("F32", "BF16")  # hold a checkpoint's values as they are; float16 may not
 

@@ -13,16 +13,20 @@ from typing import Any
 from austeer.adapters._errors import RouteError
 from austeer.adapters._files import publish_directory, publish_file
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.exporter.fold_check import StructureReport, verify_fold_structure
 from austeer.exporter.free_space import check_space
-from austeer.exporter.gguf_check import verify_gguf_structure
-from austeer.exporter.gguf_file import is_gguf, read_gguf
-from austeer.exporter.gguf_merge import check_gguf_output, merge_gguf, write_folded_gguf
-from austeer.exporter.gguf_plan import check_gguf_base, gguf_notes
 from austeer.exporter.merge import merge_checkpoint, open_base, write_folded
+from austeer.exporter.proofs.fold_check import StructureReport, verify_fold_structure
 from austeer.exporter.provenance import ProductFacts, Seal
-from austeer.exporter.quantized_formats import quantization_of
-from austeer.exporter.quantized_plan import quantized_notes
+from austeer.exporter.quantized.formats import quantization_of
+from austeer.exporter.quantized.gguf_check import verify_gguf_structure
+from austeer.exporter.quantized.gguf_file import is_gguf, read_gguf
+from austeer.exporter.quantized.gguf_merge import (
+    check_gguf_output,
+    merge_gguf,
+    write_folded_gguf,
+)
+from austeer.exporter.quantized.gguf_plan import check_gguf_base, gguf_notes
+from austeer.exporter.quantized.plan import quantized_notes
 from austeer.exporter.routes import Route, route_of
 from austeer.exporter.settings import BaseOptions, Handling, StoredAs
 

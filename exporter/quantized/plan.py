@@ -22,7 +22,7 @@ from austeer.exporter.plan import (
     plan_fold,
     stored_shape,
 )
-from austeer.exporter.quantized_formats import REMEDY, Quantization, RowScales, row_scales
+from austeer.exporter.quantized.formats import REMEDY, Quantization, RowScales, row_scales
 
 Shared = Mapping[str, tuple[str, ...]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from austeer.adapters import ModelError, RouteError
-from austeer.exporter.quantized_formats import quantization_of
+from austeer.exporter.quantized.formats import quantization_of
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}

@@ -29,11 +29,11 @@ from austeer.adapters import (
     VerificationError,
 )
 from austeer.adapters._leftovers import remove_leftovers
-from austeer.exporter import gguf_merge
 from austeer.exporter.checkpoint import copy_file
-from austeer.exporter.gguf_check import verify_gguf_structure
-from austeer.exporter.gguf_file import BLOCKS, KINDS
-from austeer.exporter.gguf_merge import merge_gguf
+from austeer.exporter.quantized import gguf_merge
+from austeer.exporter.quantized.gguf_check import verify_gguf_structure
+from austeer.exporter.quantized.gguf_file import BLOCKS, KINDS
+from austeer.exporter.quantized.gguf_merge import merge_gguf
 
 UNITS = [5, 0, 30]
 GAMMA = [0.7, -2.3, 0.013]

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from austeer.exporter._console import (
+from austeer.exporter.commands._console import (
     command_line,
     print_json,
     print_table,
     progress_on_terminal,
 )
-from austeer.exporter._options import (
+from austeer.exporter.commands._options import (
     FOLDER,
     base_options,
     chosen_base,
@@ -116,7 +116,7 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
     They are compared with those of its base model, steered live by its adapter.
     """
     from austeer.exporter.markdown import verify_sentences
-    from austeer.exporter.product_check import verify_product
+    from austeer.exporter.proofs.product_check import verify_product
 
     with progress_on_terminal():
         export = verify_product(

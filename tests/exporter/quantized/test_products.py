@@ -22,7 +22,7 @@ from austeer.exporter.checkpoint import copy_file
 from austeer.exporter.cli import cli
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.products import Base
-from austeer.exporter.quantized_products import PROOF, write_quantized
+from austeer.exporter.quantized.products import PROOF, write_quantized
 from austeer.exporter.route_steps import write_product
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import Handling
@@ -120,7 +120,7 @@ def test_a_product_that_differs_is_not_published(
         return changed
 
     monkeypatch.setattr("austeer.exporter.checkpoint.copy_file", copy_wrong)
-    monkeypatch.setattr("austeer.exporter.gguf_merge.copy_file", copy_wrong)
+    monkeypatch.setattr("austeer.exporter.quantized.gguf_merge.copy_file", copy_wrong)
     source, out = (
         (base, tmp_path / "out") if kind == "gptq" else (gguf_base, tmp_path / "o.gguf")
     )
@@ -275,7 +275,7 @@ def test_a_gguf_output_of_a_quicker_run_stays(
     def late(*_: Any) -> None:
         out.write_bytes(b"theirs")
 
-    monkeypatch.setattr("austeer.exporter.quantized_products.verify_gguf_structure", late)
+    monkeypatch.setattr("austeer.exporter.quantized.products.verify_gguf_structure", late)
     with pytest.raises(OutputError, match="expected a new file"):
         write_quantized(gguf_base, loaded, out, Handling())
     assert out.read_bytes() == b"theirs"

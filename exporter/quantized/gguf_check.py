@@ -1,6 +1,6 @@
 """Checks a folded GGUF file against its base by reading both, without running a model.
 
-Independent of the fold's own arithmetic, as `austeer.exporter.fold_check`.
+Independent of the fold's own arithmetic, as `austeer.exporter.proofs.fold_check`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from jaxtyping import Float
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Component
-from austeer.exporter.fold_check import (
+from austeer.exporter.proofs.fold_check import (
     StructureReport,
     dense_gain,
     differing_chunk,
     values_error,
 )
-from austeer.exporter.gguf_file import GgufFile, GgufTensor, read_gguf, tensor_name
-from austeer.exporter.gguf_plan import objection
+from austeer.exporter.quantized.gguf_file import GgufFile, GgufTensor, read_gguf, tensor_name
+from austeer.exporter.quantized.gguf_plan import objection
 
 _CHUNK = 1 << 24
 Gains = dict[int, Float[np.ndarray, " width"]]

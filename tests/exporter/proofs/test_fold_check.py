@@ -14,9 +14,9 @@ import torch
 
 from austeer.adapters import SteeringAdapter, VerificationError
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter import fold_check
-from austeer.exporter.fold_check import verify_fold_structure
 from austeer.exporter.merge import write_folded
+from austeer.exporter.proofs import fold_check
+from austeer.exporter.proofs.fold_check import verify_fold_structure
 
 ROW = "model.layers.0.mlp.down_proj.weight"
 

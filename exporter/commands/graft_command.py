@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from austeer.exporter._console import (
+from austeer.exporter.commands._console import (
     command_line,
     print_json,
     print_table,
     progress_on_terminal,
 )
-from austeer.exporter._options import (
+from austeer.exporter.commands._options import (
     FOLDER,
     json_option,
     out_option,

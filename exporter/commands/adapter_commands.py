@@ -7,8 +7,13 @@ from typing import Any, get_args
 import click
 
 from austeer.adapters.composition.combined import OnOverlap
-from austeer.exporter._console import print_json, print_table, progress_on_terminal
-from austeer.exporter._options import base_options, chosen_base, json_option, out_option
+from austeer.exporter.commands._console import print_json, print_table, progress_on_terminal
+from austeer.exporter.commands._options import (
+    base_options,
+    chosen_base,
+    json_option,
+    out_option,
+)
 from austeer.exporter.settings import BaseOptions
 
 

@@ -15,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from austeer.adapters import RouteError, SteeringAdapter, VerificationError
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter import random_check
 from austeer.exporter.markdown import verify_sentences
 from austeer.exporter.merge import write_folded
 from austeer.exporter.peft_export import write_peft
-from austeer.exporter.random_check import prove_structure
+from austeer.exporter.proofs import random_check
+from austeer.exporter.proofs.random_check import prove_structure
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import StoredAs
 

@@ -72,7 +72,7 @@ def test_sums_come_before_everything_else(
     (out / "config.json").unlink()
     for name in ("load_base", "prove_structure"):
         monkeypatch.setattr(
-            f"austeer.exporter.product_check.{name}", lambda *_: pytest.fail("too late")
+            f"austeer.exporter.proofs.product_check.{name}", lambda *_: pytest.fail("too late")
         )
     result = verify(out)
     assert result.exit_code == 4 and result.stdout == ""
@@ -133,7 +133,7 @@ def test_structure_alone_loads_no_model(
 ) -> None:
     out = product(*command)
     monkeypatch.setattr(
-        "austeer.exporter.product_check.load_base", lambda *_: pytest.fail("a model")
+        "austeer.exporter.proofs.product_check.load_base", lambda *_: pytest.fail("a model")
     )
     result = verify(out, "--structure-only")
     assert result.exit_code == 0, result.output

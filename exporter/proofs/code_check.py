@@ -19,7 +19,7 @@ from austeer.adapters.steered_format import (
     steering_tensors,
 )
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.fold_check import same_bytes
+from austeer.exporter.proofs.fold_check import same_bytes
 
 
 def verify_code_structure(

@@ -27,8 +27,8 @@ from austeer.adapters.tensors import Checkpoint, TensorEntry, read_rows
 from austeer.exporter._threads import run_in_threads
 from austeer.exporter.fold import round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES
-from austeer.exporter.quantized_formats import Quantization, quantization_of
-from austeer.exporter.quantized_plan import INPUT_SIDE, bias_entry, locate_sites
+from austeer.exporter.quantized.formats import Quantization, quantization_of
+from austeer.exporter.quantized.plan import INPUT_SIDE, bias_entry, locate_sites
 from austeer.exporter.rewrite import name_dtype
 from austeer.exporter.settings import STORED_DTYPES
 

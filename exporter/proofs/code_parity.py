@@ -10,9 +10,9 @@ from austeer.adapters._errors import ModelError, VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import text_config
 from austeer.adapters.fingerprint import module_reader
-from austeer.exporter.code_check import private_code_cache
-from austeer.exporter.parity import ParityReport, compare_logits, float32_bound
-from austeer.exporter.reference import (
+from austeer.exporter.proofs.code_check import private_code_cache
+from austeer.exporter.proofs.parity import ParityReport, compare_logits, float32_bound
+from austeer.exporter.proofs.reference import (
     context_length,
     encode_prompts,
     float32_truth,

@@ -14,7 +14,7 @@ from austeer.adapters import tokens
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.attach import steering_hooks
-from austeer.exporter.parity import Logits, top_margin
+from austeer.exporter.proofs.parity import Logits, top_margin
 
 Prompt = Int[np.ndarray, "1 tokens"]
 

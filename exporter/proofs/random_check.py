@@ -25,14 +25,14 @@ from austeer.adapters._errors import RouteError, VerificationError
 from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.tensors import Checkpoint, Tensors, read_tensors
-from austeer.exporter.code_check import verify_code_structure
 from austeer.exporter.fold import round_once
-from austeer.exporter.fold_check import (
+from austeer.exporter.peft_export import CONFIG, WEIGHTS, peft_content
+from austeer.exporter.proofs.code_check import verify_code_structure
+from austeer.exporter.proofs.fold_check import (
     converted_dtype,
     touched_gains,
     verify_fold_structure,
 )
-from austeer.exporter.peft_export import CONFIG, WEIGHTS, peft_content
 from austeer.exporter.routes import Route
 
 Array = np.ndarray[Any, Any]

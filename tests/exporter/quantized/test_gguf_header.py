@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from austeer.adapters import AusteerError, ModelError
-from austeer.exporter.gguf_file import is_gguf, read_gguf
-from austeer.exporter.gguf_header import read_gguf_header
+from austeer.exporter.quantized.gguf_file import is_gguf, read_gguf
+from austeer.exporter.quantized.gguf_header import read_gguf_header
 
 SETTINGS = {
     "general.name": "ünicode",

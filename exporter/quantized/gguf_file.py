@@ -20,7 +20,7 @@ import numpy as np
 from austeer.adapters._errors import ModelError, RouteError
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.tensors import DTYPES
-from austeer.exporter.gguf_header import GgufHeader, read_gguf_header
+from austeer.exporter.quantized.gguf_header import GgufHeader, read_gguf_header
 
 Array = np.ndarray[Any, Any]
 FLOATS = ("F32", "F16", "BF16")

@@ -10,8 +10,6 @@ from typing import Any
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.model_directory import model_directory
 from austeer.adapters.pairs import read_pairs, render_pairs
-from austeer.exporter.fold_check import converted_dtype
-from austeer.exporter.gguf_file import is_gguf
 from austeer.exporter.merge import open_base
 from austeer.exporter.products import (
     Export,
@@ -20,8 +18,10 @@ from austeer.exporter.products import (
     product_row,
     verification_prompts,
 )
-from austeer.exporter.quantized_products import check_kind, quantized_base, verify_quantized
-from austeer.exporter.random_check import prove_structure
+from austeer.exporter.proofs.fold_check import converted_dtype
+from austeer.exporter.proofs.random_check import prove_structure
+from austeer.exporter.quantized.gguf_file import is_gguf
+from austeer.exporter.quantized.products import check_kind, quantized_base, verify_quantized
 from austeer.exporter.route_steps import prove_product
 from austeer.exporter.routes import Route, check_installed, route_of
 from austeer.exporter.settings import BaseOptions, Handling
@@ -48,7 +48,7 @@ def verify_product(
         scale: factor on every γ.
         force: accept a base with another fingerprint.
         pairs_file: pairs whose prompts are compared besides the neutral ones.
-        structure_only: run no model; see `austeer.exporter.random_check`.
+        structure_only: run no model; see `austeer.exporter.proofs.random_check`.
         accept_changes: files may differ from `SHA256SUMS`; if the rest holds, write it anew.
 
     Raises:

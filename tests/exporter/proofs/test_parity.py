@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from austeer.adapters import VerificationError
-from austeer.exporter.parity import (
+from austeer.exporter.proofs.parity import (
     ParityReport,
     compare_logits,
     float32_bound,

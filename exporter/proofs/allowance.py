@@ -21,7 +21,7 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.fingerprint import checkpoint_reader, module_reader
 from austeer.adapters.steered_site import touched_tensors
 from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.reference import Prompt, steered_logits
+from austeer.exporter.proofs.reference import Prompt, steered_logits
 
 SAFETY = 2.0
 _DRAWS = 3

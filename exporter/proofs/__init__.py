@@ -1,0 +1,1 @@
+"""What shows that a product steers as the adapter does."""

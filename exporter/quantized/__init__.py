@@ -1,0 +1,1 @@
+"""Folding into checkpoints whose weights are integers, and into GGUF files."""
