@@ -13,7 +13,8 @@ TESTS_4_57 := $(addprefix tests/adapters/, activations localization measurement 
 	tests/exporter/test_peft_export.py tests/exporter/test_code_export.py \
 	tests/adapters/test_modeling_austeer.py tests/test_routes.py \
 	tests/test_foreign_graphs.py tests/serving/test_optimum_ort.py tests/graphs
-TESTS_SERVING := tests/serving tests/test_foreign_graphs.py
+TESTS_SERVING := tests/serving tests/test_foreign_graphs.py \
+	tests/exporter/quantized tests/adapters/test_pairs.py
 # Its random models have other weights, on which the small fits of test_fit need not succeed.
 ANY_MODEL := "not test_fit or real"
 
@@ -34,7 +35,7 @@ check: venv ## lint, formatting, strict types
 test-optimum: venv-optimum ## the tests that transformers 4.57 and onnxruntime 1.24 can change
 	OMP_NUM_THREADS=1 $(VENV)-optimum/bin/pytest $(PARALLEL) $(TESTS_4_57) -k $(ANY_MODEL)
 
-test-serving: venv-serving npm ## the serving examples, each on its own runtime
+test-serving: venv-serving npm ## the serving examples on their runtimes; formats with their libraries
 	OMP_NUM_THREADS=1 $(VENV)-serving/bin/pytest $(PARALLEL) $(TESTS_SERVING)
 
 test-llama: venv-llama ## opt-in: a folded model, and base with LoRA, in real llama.cpp
@@ -48,7 +49,7 @@ venv-optimum:
 	@.ci/venv $(VENV)-optimum cpu,optimum,peft,dev constraints-optimum.txt
 
 venv-serving:
-	@.ci/venv $(VENV)-serving cpu,serving,dev constraints-serving.txt
+	@.ci/venv $(VENV)-serving cpu,serving,readers,peft,dev constraints-serving.txt
 
 venv-llama:
 	@.ci/venv $(VENV)-llama cpu,peft,dev constraints.txt

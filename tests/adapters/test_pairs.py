@@ -20,6 +20,7 @@ import pytest
 from hostile import attacked, changed_bytes, changed_json, memory_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requirements import need
 
 from austeer.adapters import ContrastivePair, PairsError, read_pairs, split_pairs
 from austeer.adapters.pairs import iter_pairs, pairs_digest, render_pairs
@@ -409,18 +410,18 @@ def test_parquet_is_read_in_small_parts(
 
 
 def test_parquet_that_unpacks_to_more_than_memory(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("datasets")
+    need("datasets", "pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "pairs.parquet"
     rest = {"positive": ["a"] * 500, "negative": ["b"] * 500}
-    parquet.write_table(arrow.table({"prompt": ["x" * (1 << 20)] * 500, **rest}), path)
+    parquet.write_table(pyarrow.table({"prompt": ["x" * (1 << 20)] * 500, **rest}), path)
     assert path.stat().st_size < 1 << 20
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert sum(1 for _ in iter_pairs(path)) == 500
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
-    table = arrow.table({"prompt": ["x" * (1 << 29)], "positive": ["a"], "negative": ["b"]})
+    table = pyarrow.table({"prompt": ["x" * (1 << 29)], "positive": ["a"], "negative": ["b"]})
     parquet.write_table(table, path)
     assert "smaller row groups" in refusal(path)
 

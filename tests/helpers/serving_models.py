@@ -12,12 +12,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from click.testing import CliRunner
+from requirements import unavailable
 
 from austeer.adapters import Predictor, Site, SteeredSite, SteeringAdapter, Strength
 
@@ -264,13 +264,5 @@ def package_folder(name: str) -> str:
     """The folder that a package lies in; skips or fails where it is not installed."""
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
-        unavailable(f"{name} is not installed")
+        unavailable(name)
     return str(Path(found.submodule_search_locations[0]).parent)
-
-
-def unavailable(what: str) -> NoReturn:
-    """Skip, or fail where the runtimes are required."""
-    message = f"{what}; run: make test-serving"
-    if os.environ.get("AUSTEER_RUNTIMES") == "require":
-        pytest.fail(message)
-    pytest.skip(message)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
+from requirements import unavailable
 from serving_models import DemoModels
 
 from austeer.adapters import Predictor, Site, SteeredSite, SteeringAdapter, Strength
@@ -134,14 +134,6 @@ def letters_tokenizer() -> Any:
         zip(("pad_token", "bos_token", "eos_token", "unk_token"), pieces, strict=False)
     )
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
-
-
-def unavailable(what: str, remedy: str) -> NoReturn:
-    """Skip, or fail where the runtimes are required."""
-    message = f"{what} is not installed; {remedy}"
-    if os.environ.get("AUSTEER_RUNTIMES") == "require":
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 def need_runtime() -> None:

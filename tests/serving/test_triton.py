@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from requirements import unavailable
 from serving_models import (
     SERVING,
     TOKENS,
@@ -17,7 +18,6 @@ from serving_models import (
     Script,
     check_refused,
     package_folder,
-    unavailable,
 )
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -38,7 +38,7 @@ def protobuf() -> Any:
     try:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
-        unavailable(f"tritonclient[grpc] cannot be imported ({error})")
+        unavailable(f"tritonclient[grpc] ({error})")
     return model_config_pb2
 
 

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from gguf_models import write_gguf
 from quantized_models import dequantized, quantize_folder, read_safetensors
+from requirements import need
 
 from austeer.adapters import OutputError, RouteError, SteeringAdapter
 from austeer.adapters.attach import steering_hooks
@@ -212,7 +213,7 @@ def test_the_library_of_the_format_reads_the_steering(
     method: str,
 ) -> None:
     """What the format's own library loads equals the base that it loads, with hooks."""
-    pytest.importorskip("bitsandbytes" if method == "bitsandbytes" else "compressed_tensors")
+    need("bitsandbytes" if method == "bitsandbytes" else "compressed_tensors")
     from transformers import AutoModelForCausalLM
 
     base, out = saved_model("llama"), tmp_path / "out"
