@@ -37,9 +37,10 @@ from austeer.adapters.tensors import INDEX, Checkpoint
 
 SHARDS, LAYERS, WORDS = 4, 32, 32000
 UNITS = np.array([1, 50, 100])
-# What `merge` does before it publishes.
+# What `merge` does before it publishes; like `cp`, it leaves writing to disk for later.
 UNSYNCED = """
-import sys
+import os, sys
+os.__dict__.pop("posix_fadvise", None)
 from pathlib import Path
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.exporter.merge import verify_fold_structure, write_folded
