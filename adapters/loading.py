@@ -16,12 +16,11 @@ from austeer.adapters._files import read_json
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.model_directory import check_num_layers, model_directory
 from austeer.adapters.steered_format import STEERED_TYPE, check_steered
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.tensors import STORED_DTYPES, Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("float32", "bfloat16", "float16")
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -190,8 +189,8 @@ def _target(device: str, device_map: object, dtype: str | None) -> torch.device:
     if device_map is not None:
         _check_device_map(device)
     target = _device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in STORED_DTYPES:
+        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(STORED_DTYPES)}")
     return target
 
 

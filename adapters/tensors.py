@@ -50,6 +50,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 
+STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Names of torch dtypes that models are loaded and stored in, and of those in a file."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:

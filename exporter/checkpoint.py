@@ -209,6 +209,7 @@ def copy_file(
             for first, rows in read_rows(entry, read, whole=change.whole):
                 changed += change.apply(rows, first)
                 _write_all(write, rows.reshape(-1).view(np.uint8).data)
+            _begin_writing(write, entry.start, entry.size)
             position = entry.start + entry.size
         _copy_range(read, write, position, size, stopped)
     return changed

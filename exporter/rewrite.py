@@ -23,6 +23,7 @@ from austeer.adapters.tensors import (
     DTYPES,
     INDEX,
     SINGLE,
+    STORED_DTYPES,
     Checkpoint,
     TensorEntry,
     read_metadata,
@@ -37,7 +38,7 @@ from austeer.exporter.checkpoint import (
 )
 from austeer.exporter.fold import fold_rows, round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES, TensorEdit
-from austeer.exporter.settings import STORED_DTYPES, StoredAs
+from austeer.exporter.settings import StoredAs
 
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of transformers 5 and 4
 _ALIGNMENT = 8

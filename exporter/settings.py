@@ -12,6 +12,7 @@ from austeer.adapters._errors import FitError, RouteError
 from austeer.adapters._files import check_output_free
 from austeer.adapters.config import Strength
 from austeer.adapters.sites import Component
+from austeer.adapters.tensors import STORED_DTYPES
 from austeer.exporter.routes import (
     Route,
     candidate_components,
@@ -42,10 +43,6 @@ class BaseOptions:
     trust_remote_code: bool = False
 
 
-STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""Names of torch dtypes that models are loaded and stored in, and of those in a file."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredAs:
     """How the weight files of a checkpoint are written.
@@ -67,7 +64,7 @@ class StoredAs:
     def __post_init__(self) -> None:
         if self.dtype not in (None, *STORED_DTYPES):
             raise RouteError(
-                f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}"
+                f"dtype: expected one of {', '.join(STORED_DTYPES)}, got {self.dtype!r}"
             )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise RouteError(f"max_shard_size: expected 1 or more, got {self.max_shard_size}")

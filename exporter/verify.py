@@ -4,8 +4,8 @@ Everything is judged against a float32 truth: the base in float32 with hooks. A 
 dtype earns an allowance on top of the float32 bound, measured and never guessed: for a fold
 see `austeer.exporter.proofs.allowance`; an ONNX graph also rounds activations, as the live
 model in that dtype does, so its allowance is twice the live model's own distance from the
-truth; a float32 graph of a reduced-precision base has none. `austeer.exporter.proofs` holds
-those of the other products.
+truth; a float32 graph of a reduced-precision base has none. The other products are proved
+in `austeer.exporter.proofs`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import text_config
 from austeer.adapters.fingerprint import module_reader
@@ -29,6 +28,7 @@ from austeer.exporter.proofs.reference import (
     encode_prompts,
     float32_truth,
     model_logits,
+    reload_product,
     steered_agreement,
     steered_logits,
 )
@@ -128,23 +128,3 @@ def verify_onnx(
     decoded = [runner.generate(ids, greedy_tokens) for ids in starts]
     greedy = steered_agreement(truth, adapter, scale, starts, decoded, 2 * tolerance)
     return found.report("onnx", folder.name, len(encoded), tolerance=tolerance, greedy=greedy)
-
-
-def reload_product(route: str, folder: Path, model: Any, trust_remote_code: bool) -> Any:
-    """A product of plain or of our own code, as `from_pretrained` gives it, in float32.
-
-    Raises:
-        VerificationError: transformers cannot load it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        product = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=model.dtype, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise VerificationError(
-            f"{route} product {folder.name}: transformers cannot load it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); not published"
-        ) from error
-    return product.eval().float().to(model.device)

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import click
 
 from austeer.adapters.sites import Component
+from austeer.adapters.tensors import STORED_DTYPES
 from austeer.exporter.routes import Route
-from austeer.exporter.settings import STORED_DTYPES, BaseOptions
+from austeer.exporter.settings import BaseOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -18,10 +18,10 @@ from austeer.exporter.proofs.reference import (
     float32_truth,
     greedy_continuation,
     model_logits,
+    reload_product,
     steered_agreement,
     steered_logits,
 )
-from austeer.exporter.verify import reload_product
 
 _GREEDY_TOKENS, _GREEDY_PROMPTS = 16, 4
 

@@ -23,14 +23,13 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite, touched_tensors
-from austeer.adapters.tensors import Checkpoint, TensorEntry, read_rows
+from austeer.adapters.tensors import STORED_DTYPES, Checkpoint, TensorEntry, read_rows
 from austeer.exporter._threads import run_in_threads
 from austeer.exporter.fold import round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES
 from austeer.exporter.quantized.formats import Quantization, quantization_of
 from austeer.exporter.quantized.plan import INPUT_SIDE, bias_entry, locate_sites
 from austeer.exporter.rewrite import name_dtype
-from austeer.exporter.settings import STORED_DTYPES
 
 Array = np.ndarray[Any, Any]
 Gain = Float[np.ndarray, " width"]

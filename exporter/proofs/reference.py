@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,3 +127,23 @@ def steered_agreement(
     pairs = zip(starts, decoded, strict=True)
     with steering_hooks(model, adapter.architecture, adapter.sites, scale):
         return float(np.mean([greedy_agreement(model, *pair, near_tie) for pair in pairs]))
+
+
+def reload_product(route: str, folder: Path, model: Any, trust_remote_code: bool) -> Any:
+    """A product of plain or of our own code, as `from_pretrained` gives it, in float32.
+
+    Raises:
+        VerificationError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        product = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=model.dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise VerificationError(
+            f"{route} product {folder.name}: transformers cannot load it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); not published"
+        ) from error
+    return product.eval().float().to(model.device)

@@ -22,7 +22,6 @@ from austeer.exporter.proofs.fold_check import (
 from austeer.exporter.quantized.gguf_file import GgufFile, GgufTensor, read_gguf, tensor_name
 from austeer.exporter.quantized.gguf_plan import objection
 
-_CHUNK = 1 << 24
 Gains = dict[int, Float[np.ndarray, " width"]]
 
 

@@ -148,8 +148,9 @@ void run_block(void* data, std::size_t number) {
 ort::Status* run_on_cpu(const Op& op, const ort::Context* context, const Site& site,
                         const Rows& rows) {
   std::size_t touched = rows.width * size_of(op.type);
-  // In place, of a token only the cache lines that hold a unit.
+  // In place, of a token only the cache lines that hold a unit; without units, one.
   if (rows.x == rows.y) touched = std::min(touched, (site.k + 1) * kLine);
+  if (site.V != nullptr) touched += 2 * site.k * site.r * sizeof(float);
   std::size_t block = std::max<std::size_t>(1, kBlockBytes / touched);
   block = std::max(block, (rows.tokens + kMostBlocks - 1) / kMostBlocks);
   const std::size_t blocks = (rows.tokens + block - 1) / block;

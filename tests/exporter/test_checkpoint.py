@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from austeer.adapters import ModelError, tensors
 from austeer.adapters.tensors import Checkpoint
+from austeer.exporter import checkpoint
 from austeer.exporter.checkpoint import (
     Change,
     check_companions,
@@ -330,6 +331,31 @@ def test_copy_where_the_kernel_claims_the_end_early(
     (tmp_path / "a").write_bytes(b"content")
     copy_file(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"content"
+
+
+def test_writing_begins_beside_the_copying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def advise(_: int, start: int, length: int, __: int) -> None:
+        begun.append((start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(checkpoint, "_RANGE", 1000)
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 10)
+    copy_file(tmp_path / "a", tmp_path / "b")
+    assert begun == [(0, 1000), (1000, 1000), (2000, 560)]
+
+    def refuses(*_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuses)
+    copy_file(tmp_path / "a", tmp_path / "c")
+    monkeypatch.delattr(os, "posix_fadvise")
+    copy_file(tmp_path / "a", tmp_path / "d")
+    for name in "bcd":
+        assert (tmp_path / name).read_bytes() == (tmp_path / "a").read_bytes()
 
 
 def test_full_disk_is_not_hidden(tmp_path: Path) -> None:

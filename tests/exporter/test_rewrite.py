@@ -233,7 +233,7 @@ def test_a_truncated_base_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"dtype": "int8"}, "dtype: expected float32, bfloat16 or float16, got 'int8'"),
+        ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         ({"max_shard_size": 0}, "max_shard_size: expected 1 or more, got 0"),
         ({"link": True, "dtype": "float16"}, "link: a new dtype or shard size"),
         ({"link": True, "max_shard_size": 5}, "link: a new dtype or shard size"),

@@ -94,6 +94,28 @@ def test_threads_change_nothing(rank: int, dtype: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("units", [0, 3])
+def test_few_units_in_place(units: int, rank: int) -> None:
+    """What no unit touches costs nothing, so that a block has more tokens than are in a row."""
+    rng = np.random.default_rng(0)
+    width, tokens = 1000, 5000
+    arrays = {"idx": np.arange(units) * 300 + 7, "gamma": rng.normal(size=units)}
+    if rank:
+        arrays |= {"V": rng.normal(size=(units, rank)), "b": rng.normal(size=rank)}
+        arrays |= {"U": rng.normal(size=(rank, units))}
+    site = {n: a if n == "idx" else a.astype(np.float32) for n, a in arrays.items()}
+    op = STEER_AU_ADAPTIVE if rank else STEER_AU
+    # The cast before it is what the operator may overwrite.
+    model = one_node_model(op, "float16", rank=2, width=width)
+    x = rng.normal(size=(tokens, width)).astype(np.float16).astype(np.float32)
+    feeds = {"x": x, "scale": np.ones(1, np.float32), **site}
+    for threads in (1, 2):
+        found = run(model, feeds, threads=threads)
+        np.testing.assert_allclose(found, reference(x, site, 1.0), rtol=5e-4, atol=1e-7)
+
+
+@needs_library
 @pytest.mark.parametrize("op", [STEER_AU, STEER_AU_ADAPTIVE])
 def test_units_by_the_hundred(op: Any) -> None:
     """More units than the kernel holds at once."""

@@ -38,7 +38,7 @@ def protobuf() -> Any:
     try:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
-        unavailable(f"tritonclient[grpc] ({error})")
+        unavailable(f"a tritonclient[grpc] that can be imported ({error})")
     return model_config_pb2
 
 

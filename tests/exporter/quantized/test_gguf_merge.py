@@ -30,6 +30,7 @@ from austeer.adapters import (
 )
 from austeer.adapters._leftovers import remove_leftovers
 from austeer.exporter.checkpoint import copy_file
+from austeer.exporter.proofs import fold_check
 from austeer.exporter.quantized import gguf_merge
 from austeer.exporter.quantized.gguf_check import verify_gguf_structure
 from austeer.exporter.quantized.gguf_file import BLOCKS, KINDS
@@ -277,10 +278,26 @@ def test_split_files_are_refused(base: Callable[..., GgufModel], model: Any, out
         merge_gguf(base("Q8_0", settings={"split.count": 2}).path, adapter_for(model), out)
 
 
-@pytest.mark.parametrize("place", ["scale", "integer", "other row", "other tensor", "header"])
+CULPRITS = {
+    "scale": "not the base times its gains",
+    "integer": "its integers differ",
+    "other row": "differs",
+    "other tensor": "token_embd.weight differs",
+    "header": "the header differs",
+}
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 100])
+@pytest.mark.parametrize("place", CULPRITS)
 def test_the_check_sees_every_change(
-    base: Callable[..., GgufModel], model: Any, out: Path, place: str
+    base: Callable[..., GgufModel],
+    model: Any,
+    out: Path,
+    place: str,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(fold_check, "_CHUNK", chunk)
     made, adapter = base("Q8_0"), adapter_for(model)
     path = made.path
     merge_gguf(path, adapter, out)
@@ -290,13 +307,14 @@ def test_the_check_sees_every_change(
         "scale": start + 5 * row,
         "integer": start + 5 * row + 3,
         "other row": start + 6 * row,
-        "other tensor": made.tensors()["token_embd.weight"].start,
+        "other tensor": made.tensors()["token_embd.weight"].start + 250,
         "header": 40,
     }[place]
     data = bytearray(out.read_bytes())
     data[at] ^= 4
     out.write_bytes(data)
-    with pytest.raises(VerificationError):
+    # A chunk of all tensors names the first of them.
+    with pytest.raises(VerificationError, match=CULPRITS[place] if chunk == 100 else "."):
         verify_gguf_structure(path, out, adapter)
     data[at] ^= 4
     out.write_bytes(data)
