@@ -110,7 +110,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.files = _weight_files(root)
+        self.files, places = _weight_files(root)
         self._entries: dict[str, TensorEntry] = {}
         for file in self.files:
             for name, entry in read_header(file).items():
@@ -120,6 +120,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
                         f"({self._entries[name].file.name}, {file.name}); fetch the model again"
                     )
                 self._entries[name] = entry
+        # Converters leave names of shared tensors that no shard has; what is there is elsewhere
+        # only in a damaged index, which loaders that seek by it stumble over.
+        for name, shard in places.items():
+            found = self._entries.get(name)
+            if found is not None and found.file.name != shard:
+                raise ModelError(
+                    f"{root / INDEX}: says that tensor {name} is in {shard}, it is in "
+                    f"{found.file.name}; fetch the model again"
+                )
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._entries[name]
@@ -299,11 +308,12 @@ def _check_layout(file: Path, entries: list[TensorEntry], start: int, total: int
         raise _corrupt(file, f"{total} bytes long, its header describes {position}")
 
 
-def _weight_files(root: Path) -> list[Path]:
+def _weight_files(root: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files, and which of them an index says each tensor is in."""
     index, single = root / INDEX, root / SINGLE
     # transformers looks for the single file first: where both stand, read what it reads.
     if single.is_file():
-        return [single]
+        return [single], {}
     if index.is_file():
         return _indexed_files(index)
     pickles = sorted(path.name for path in root.glob("*.bin")) + sorted(
@@ -319,7 +329,7 @@ def _weight_files(root: Path) -> list[Path]:
     )
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
     weight_map = read_json(index, ModelError, "fetch the model again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(
@@ -336,7 +346,7 @@ def _indexed_files(index: Path) -> list[Path]:
     for name in names:
         if not (index.parent / name).is_file():
             raise ModelError(f"{index}: shard {name} is missing; download the whole model")
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in names], weight_map
 
 
 def _is_shard_name(name: Any) -> bool:

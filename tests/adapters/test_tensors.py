@@ -372,6 +372,18 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["a"].read(), TENSORS["a"])
 
 
+def test_an_index_that_swaps_shards(tmp_path: Path) -> None:
+    sharded(tmp_path, {"a": "two.safetensors", "b": "one.safetensors"})
+    with pytest.raises(ModelError, match=r"tensor a is in two\.safetensors, it is in one\."):
+        Checkpoint(tmp_path)
+
+
+def test_an_index_with_a_name_that_no_shard_has(tmp_path: Path) -> None:
+    """Converters that drop the second name of a shared tensor leave it in the index."""
+    sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"})
+    assert set(Checkpoint(tmp_path)) == {"a", "b"}
+
+
 def test_missing_shard(tmp_path: Path) -> None:
     sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     (tmp_path / "two.safetensors").unlink()
@@ -435,6 +447,8 @@ def test_changed_indexes(tmp_path: Path, index: Any) -> None:
         assert str(error).isprintable() and "index.json" in str(error)
     else:
         assert {path.parent for path in found.files} == {tmp_path}
+        named = index["weight_map"].items()
+        assert all(found[name].file.name == shard for name, shard in named if name in found)
 
 
 def test_tensor_in_two_shards(tmp_path: Path) -> None:
