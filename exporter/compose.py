@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from austeer.adapters._errors import FitError
-from austeer.adapters._files import check_output_free
+from austeer.adapters._files import check_output_free, publish_directory
 from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.composition.contributions import checked_weights
 from austeer.adapters.fingerprint import checkpoint_reader
-from austeer.adapters.pairs import read_pairs
+from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs
 from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.checkpoint import source_files
 from austeer.exporter.markdown import Row, number
+from austeer.exporter.provenance import Seal, adapter_facts, live_facts, versions
 from austeer.exporter.settings import BaseOptions
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ PART_HEADER = ("adapter", "strength", "weight", "weight kept", "KL alone")
 OVERLAP_HEADER = ("site", "unit", "γ of each", "directions", "kept")
 BEHAVIOUR_HEADER = ("pairs", "base margin", "combined", "each alone", "accuracy")
 _MOST_ROWS = 20
+_OPTIONS = ("weights", "kl_budget", "on_overlap", "batch_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,8 @@ class CombineRequest:
         pairs: files of pairs whose margins are reported.
         batch_size: pairs or texts per forward pass.
         seed: of the neutral text.
+        command: the command line, for `austeer.json`.
+        sums: write `SHA256SUMS`.
 
     Raises:
         AdapterError: weights that are not one finite number an adapter.
@@ -57,6 +64,8 @@ class CombineRequest:
     pairs: tuple[str, ...] = ()
     batch_size: int = 16
     seed: int = 0
+    command: str = ""
+    sums: bool = True
 
     def __post_init__(self) -> None:
         checked_weights(self.weights or None, len(self.adapters))
@@ -102,10 +111,47 @@ def combine_job(request: CombineRequest, progress: Progress) -> dict[str, Any]:
         batch_size=request.batch_size,
         progress=progress,
     )
-    path = adapter.save_pretrained(request.out)
+    with publish_directory(request.out) as work:
+        adapter.write_files(work)
+        _close(work, request, loaded, adapter, base.folder, files)
     config = adapter.config
     facts = {"units": config.k, "strength": config.strength.value, "rank": config.rank}
-    return report | facts | {"path": str(path)}
+    return report | facts | {"path": str(request.out)}
+
+
+def _close(
+    work: Path,
+    request: CombineRequest,
+    parts: Sequence[SteeringAdapter],
+    adapter: SteeringAdapter,
+    folder: Path,
+    pairs: Mapping[str, Sequence[ContrastivePair]],
+) -> None:
+    seal = Seal(
+        command=request.command,
+        model=request.base.model,
+        revision=request.base.revision,
+        seed=request.seed,
+        sums=request.sums,
+    )
+    options = {name: getattr(request, name) for name in _OPTIONS}
+    if math.isinf(request.kl_budget):
+        options["kl_budget"] = None  # JSON has no infinity
+    facts = {
+        "options": options | {"base": dataclasses.asdict(request.base)},
+        "parts": {
+            name: adapter_facts(part)
+            for name, part in zip(request.adapters, parts, strict=True)
+        },
+        "data": {
+            file: {"count": len(found), "digest": pairs_digest(found)}
+            for file, found in pairs.items()
+        },
+        "adapter": adapter_facts(adapter),
+        "base": seal.base_facts(folder, source_files(Checkpoint(folder))),
+        "versions": versions(None, live=True),
+    }
+    seal.close(work, facts | live_facts())
 
 
 def part_rows(report: Mapping[str, Any]) -> list[Row]:

@@ -7,12 +7,18 @@ from typing import Any, get_args
 import click
 
 from austeer.adapters.composition.combined import OnOverlap
-from austeer.exporter.commands._console import print_json, print_table, progress_on_terminal
+from austeer.exporter.commands._console import (
+    command_line,
+    print_json,
+    print_table,
+    progress_on_terminal,
+)
 from austeer.exporter.commands._options import (
     base_options,
     chosen_base,
     json_option,
     out_option,
+    sums_option,
 )
 from austeer.exporter.settings import BaseOptions
 
@@ -75,6 +81,7 @@ def show(adapter: str, model: str | None, units: int, as_json: bool, **options: 
 @click.option("--pairs", multiple=True, help="Report margins on these pairs; repeat for more.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@sums_option
 @base_options
 @json_option
 def combine(as_json: bool, **options: Any) -> None:
@@ -82,7 +89,7 @@ def combine(as_json: bool, **options: Any) -> None:
     from austeer.exporter import compose
 
     own = {key: value for key, value in options.items() if key not in BaseOptions.__slots__}
-    request = compose.CombineRequest(base=chosen_base(options), **own)
+    request = compose.CombineRequest(base=chosen_base(options), command=command_line(), **own)
     with progress_on_terminal() as progress:
         report = compose.combine_job(request, progress)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,31 @@ def test_combine_writes_an_adapter_and_says_what_overlaps(
     for words in ("Steered twice", "opposite", "the sum", "1 of them in opposite", "Margins"):
         assert words in text
     assert f"{calm} × 1" in invoke("show", out).stdout.replace("\n", "")
+
+
+def test_combine_tells_how_to_do_it_again(
+    tmp_path: Path, base: Path, calm: Path, formal: Path, pairs: Path
+) -> None:
+    command = ("combine", calm, formal, "--base", base, "--kl-budget", "inf", "--seed", 3)
+    command = (*command, "--pairs", pairs)
+    outs = [tmp_path / "both", tmp_path / "again"]
+    for out in outs:
+        invoke(*command, "-o", out)
+    found = json.loads((outs[0] / "austeer.json").read_text())
+    assert found["command"].endswith(f"--pairs {pairs} -o OUT")
+    assert (found["seed"], found["options"]["kl_budget"]) == (3, None)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        digest = hashlib.sha256((calm / name).read_bytes()).hexdigest()
+        assert found["parts"][str(calm)][name] == digest
+    assert found["parts"].keys() == {str(calm), str(formal)}
+    assert found["data"][str(pairs)]["count"] == 4
+    assert found["base"]["files"].keys() >= {"config.json", "model.safetensors"}
+    names = sorted(path.name for path in outs[0].iterdir())
+    assert "SHA256SUMS" in names
+    for name in names:
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+    invoke(*command, "-o", tmp_path / "bare", "--no-sums")
+    assert not (tmp_path / "bare" / "SHA256SUMS").exists()
 
 
 def test_the_files_of_the_base_decide_not_the_dtype_it_runs_in(
