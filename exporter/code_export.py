@@ -36,6 +36,7 @@ from austeer.exporter.merge import open_base, read_model_config, refuse_quantize
 from austeer.exporter.proofs.code_check import verify_code_structure
 from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.routes import Route
+from austeer.exporter.settings import Handling
 
 # transformers reads no second file beside one of the usual name.
 _ONLY_SHARD = "model-00001-of-00001.safetensors"
@@ -73,7 +74,7 @@ def export_code(
     with publish_directory(out) as work:
         write_code(base, adapter, work, scale=scale, force=force, link=link)
         verify_code_structure(base, work, adapter, scale)
-        facts = ProductFacts(Route.CODE, base, adapter, scale=scale, force=force)
+        facts = ProductFacts(Route.CODE, base, adapter, Handling(scale=scale, force=force))
         (seal or Seal()).close_product(work, facts)
 
 

@@ -25,7 +25,7 @@ from austeer.exporter.quantized.formats import Quantization, quantization_of
 from austeer.exporter.quantized.plan import locate_sites, plan_quantized, quantized_notes
 from austeer.exporter.rewrite import rewrite_checkpoint
 from austeer.exporter.routes import Route
-from austeer.exporter.settings import StoredAs
+from austeer.exporter.settings import Handling, StoredAs
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +98,8 @@ def merge_checkpoint(
     with publish_directory(out) as work:
         summary = write_folded(base, adapter, work, scale=scale, force=force, stored=stored)
         verify_fold_structure(base, work, adapter, scale, touched_only=True)
-        facts = ProductFacts(
-            Route.SAFETENSORS,
-            base,
-            adapter,
-            scale=scale,
-            force=force,
-            stored=stored or StoredAs(),
-        )
+        handling = Handling(scale=scale, force=force, stored=stored or StoredAs())
+        facts = ProductFacts(Route.SAFETENSORS, base, adapter, handling)
         files = (*summary.files, *(seal or Seal()).close_product(work, facts))
     return dataclasses.replace(summary, path=Path(out), files=files)
 

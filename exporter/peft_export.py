@@ -32,6 +32,7 @@ from austeer.exporter.peft_plan import (
 from austeer.exporter.plan import describe_refusals
 from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.routes import Route
+from austeer.exporter.settings import Handling
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -103,7 +104,7 @@ def convert_peft(
     """
     with publish_directory(out) as work:
         summary = write_peft(base, adapter, work, route=route, scale=scale, force=force)
-        facts = ProductFacts(route, base, adapter, scale=scale, force=force)
+        facts = ProductFacts(route, base, adapter, Handling(scale=scale, force=force))
         files = (*summary.files, *(seal or Seal()).close_product(work, facts))
     return dataclasses.replace(summary, path=Path(out), files=files)
 

@@ -142,16 +142,7 @@ def make_product(
         VerificationError: the product differs from the attached model.
     """
     started, path = time.monotonic(), path or folder.name
-    facts = ProductFacts(
-        route,
-        base.folder,
-        adapter,
-        handling.scale,
-        handling.scale_as,
-        handling.force,
-        handling.stored,
-        live=True,
-    )
+    facts = ProductFacts(route, base.folder, adapter, handling, live=True)
     handling = check_base(base, adapter, handling)
     progress(f"write {route}", 0, 1)
     write_product(route, base, adapter, folder, handling)

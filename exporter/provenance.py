@@ -20,7 +20,7 @@ from austeer.adapters.tensors import Checkpoint
 from austeer.exporter.checkpoint import source_files
 from austeer.exporter.report import as_json
 from austeer.exporter.routes import Route
-from austeer.exporter.settings import StoredAs
+from austeer.exporter.settings import Handling
 from austeer.exporter.sums import SUMS_NAME, file_digests, write_sums
 
 PROVENANCE_NAME = "austeer.json"
@@ -41,20 +41,14 @@ class ProductFacts:
         route: its kind.
         base: directory of the base model.
         adapter: what it is steered by.
-        scale: factor on every γ.
-        scale_as: what the factor is in an ONNX graph.
-        force: a base with other weights was accepted.
-        stored: how weight files are written.
+        handling: how it was written.
         live: a live model took part: it wrote the product, or proved it.
     """
 
     route: Route
     base: Path
     adapter: SteeringAdapter
-    scale: float = 1.0
-    scale_as: str = "constant"
-    force: bool = False
-    stored: StoredAs = field(default_factory=StoredAs)
+    handling: Handling = field(default_factory=Handling)
     live: bool = False
 
 
@@ -109,15 +103,16 @@ class Seal:
         Raises:
             OutputError: a file cannot be written.
         """
+        handling = product.handling
         facts = {
             "route": product.route.value,
             "options": {
-                "scale": product.scale,
-                "scale_as": product.scale_as,
-                "force": product.force,
+                "scale": handling.scale,
+                "scale_as": handling.scale_as,
+                "force": handling.force,
                 # Links are the same bytes.
-                "dtype": product.stored.dtype,
-                "max_shard_size": product.stored.max_shard_size,
+                "dtype": handling.stored.dtype,
+                "max_shard_size": handling.stored.max_shard_size,
             },
             "adapter": adapter_facts(product.adapter),
             "base": self.base_facts(product.base, source_files(Checkpoint(product.base))),

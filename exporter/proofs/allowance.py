@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.fingerprint import checkpoint_reader, module_reader
 from austeer.adapters.steered_site import touched_tensors
 from austeer.adapters.tensors import Checkpoint
+from austeer.exporter.proofs.fold_check import rounding_errors
 from austeer.exporter.proofs.reference import Prompt, steered_logits
 
 SAFETY = 2.0
@@ -37,9 +37,8 @@ def fold_rounding(folder: Path, model: Any, adapter: SteeringAdapter) -> tuple[f
     read = checkpoint_reader(adapter.architecture, checkpoint)
     names = {name for name, _, _ in touched_tensors(adapter.sites, adapter.architecture, read)}
     entries = [checkpoint.find(adapter.architecture.disk_names(name)) for name in names]
-    stored = [ml_dtypes.finfo(entry.numpy_dtype) for entry in entries if entry is not None]
-    unit = max((float(facts.eps) / 2 for facts in stored), default=0.0)
-    spacing = max((float(facts.smallest_subnormal) / 2 for facts in stored), default=0.0)
+    stored = [rounding_errors(entry.numpy_dtype) for entry in entries if entry is not None]
+    unit, spacing = (max(errors) for errors in zip((0.0, 0.0), *stored, strict=True))
     live = torch.finfo(model.dtype)
     if live.eps / 2 > unit:
         unit += live.eps

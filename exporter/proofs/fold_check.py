@@ -217,15 +217,15 @@ def _largest_error(old: Array, new: Array, gains: dict[int, Gain]) -> float:
     wide = old.astype(np.float64)
     for axis, gain in gains.items():
         wide *= gain.reshape([-1 if axis == other else 1 for other in range(old.ndim)])
-    unit, spacing = _rounding(new.dtype)
+    unit, spacing = rounding_errors(new.dtype)
     bound = (unit + _SLACK) * np.abs(wide) + spacing
     return float((np.abs(new.astype(np.float64) - wide) / bound).max())
 
 
-def _rounding(dtype: np.dtype[Any]) -> tuple[float, float]:
+def rounding_errors(dtype: np.dtype[Any]) -> tuple[float, float]:
     """Largest relative error of rounding to `dtype`, and largest error below its normals."""
     facts = ml_dtypes.finfo(dtype)
-    return float(facts.eps) / 2, float(facts.smallest_subnormal)
+    return float(facts.eps) / 2, float(facts.smallest_subnormal) / 2
 
 
 def converted_dtype(base: Path, folder: Path) -> str | None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
@@ -30,6 +29,7 @@ from austeer.exporter.peft_export import CONFIG, WEIGHTS, peft_content
 from austeer.exporter.proofs.code_check import verify_code_structure
 from austeer.exporter.proofs.fold_check import (
     converted_dtype,
+    rounding_errors,
     touched_gains,
     verify_fold_structure,
 )
@@ -174,8 +174,7 @@ def _rounding(pair: _Pair) -> tuple[float, float]:
         return 0.0, 0.0
     if pair.stored_gain is not None:
         return _FLOAT32, 0.0
-    facts = ml_dtypes.finfo(pair.after.dtype)
-    return float(facts.eps) / 2, float(facts.smallest_subnormal)
+    return rounding_errors(pair.after.dtype)
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:

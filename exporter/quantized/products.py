@@ -101,7 +101,7 @@ def write_quantized(
         if gguf:
             check_gguf_output(out)  # another run may have been quicker
         else:
-            facts = ProductFacts(Route.SAFETENSORS, base, adapter, **options)
+            facts = ProductFacts(Route.SAFETENSORS, base, adapter, handling)
             (seal or Seal()).close_product(work, facts)
     return _row(base, out, report, summary.notes, started)
 
