@@ -20,7 +20,8 @@ from austeer.adapters._errors import ModelError, SiteError
 from austeer.adapters.architectures import Architecture, architecture_of, text_config
 from austeer.adapters.mixtures import Carrier, projections_of
 from austeer.adapters.sites import Component, Refusal, Site
-from austeer.adapters.tensors import Checkpoint, read_rows
+from austeer.adapters.tensors import read_rows
+from austeer.adapters.weights import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,8 @@ from austeer.adapters._files import read_json
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.model_directory import check_num_layers, model_directory
 from austeer.adapters.steered_format import STEERED_TYPE, check_steered
-from austeer.adapters.tensors import STORED_DTYPES, Checkpoint
+from austeer.adapters.tensors import STORED_DTYPES
+from austeer.adapters.weights import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import ARCHITECTURES
 from austeer.adapters.model_directory import check_num_layers
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 
 STEERED_TYPE = "austeer_steered"
 STEERED_VERSION = 1

@@ -33,7 +33,7 @@ from austeer.adapters.architectures import architecture_of
 from austeer.adapters.config import AdapterConfig
 from austeer.adapters.fingerprint import checkpoint_reader, fingerprint
 from austeer.adapters.sites import Component, Site
-from austeer.adapters.tensors import INDEX, Checkpoint
+from austeer.adapters.weights import INDEX, Checkpoint
 
 SHARDS, LAYERS, WORDS = 4, 32, 32000
 UNITS = np.array([1, 50, 100])

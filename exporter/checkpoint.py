@@ -1,62 +1,30 @@
 """Copies a checkpoint and changes tensors on the way; no torch, no model.
 
-What stays as it is goes from file to file in the kernel, which shares disk blocks where the
-filesystem can; memory is that of some rows of one tensor for each core.
+Files go side by side: memory is that of some rows of one tensor for each core.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from austeer.adapters._errors import ModelError
 from austeer.adapters._files import read_json, refuse_foreign_link
 from austeer.adapters._json import is_writable
-from austeer.adapters.tensors import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    TensorEntry,
-    read_metadata,
-    read_rows,
-)
+from austeer.adapters.tensors import TensorEntry, read_metadata
+from austeer.adapters.weights import INDEX, SINGLE, Checkpoint
 from austeer.exporter._threads import run_in_threads
+from austeer.exporter.copying import Change, copy_file, link_file
 
-if TYPE_CHECKING:
-    from io import FileIO
-
-_BUFFER = 1 << 20
-_RANGE = 1 << 26
 _SUFFIXES = {".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"}
 _LEGAL = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
 _TEMPLATES = "additional_chat_templates"  # the one subfolder that tokenizers read
 # Of an adapter, and of a product that becomes a base: they would speak of other files.
 _NOT_OURS = {"adapter_config.json", "adapter_model.safetensors", "austeer.json"}
-
-Rows = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What to do to a tensor on the way.
-
-    Attributes:
-        apply: changes rows in place, given them and the number of the first; says how many
-            values it changed.
-        whole: it needs all rows at once.
-    """
-
-    apply: Callable[[Rows, int], int]
-    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,29 +101,6 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, *, index: bool = True)
     return names
 
 
-def link_file(source: Path, target: Path, stopped: Event | None = None) -> int:
-    """Give the file a second name, or copy it where it can't have one.
-
-    Returns:
-        0, the number of changed values.
-
-    Raises:
-        ModelError: `source` cannot be read.
-        OSError: `target` exists or cannot be written.
-    """
-    try:
-        # What a link of a Hub cache points to, not the link.
-        os.link(source.resolve(), target)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        logging.getLogger("austeer").warning(
-            "%s: cannot hard link it (%s); copied instead", source, error.strerror
-        )
-        return copy_file(source, target, stopped)
-    return 0
-
-
 def source_files(checkpoint: Checkpoint) -> list[Path]:
     """The files of a base that `copy_checkpoint` copies, or would but for a link, sorted."""
     companions = (path for path in _wanted_files(checkpoint) if path.is_file())
@@ -170,108 +115,6 @@ def check_companions(checkpoint: Checkpoint) -> None:
     """
     for path in _wanted_files(checkpoint):
         _existing(path, checkpoint.root)
-
-
-def copy_file(
-    source: Path,
-    target: Path,
-    stopped: Event | None = None,
-    changes: Iterable[tuple[TensorEntry, Change]] = (),
-    *,
-    existing: bool = False,
-) -> int:
-    """Copy content, never mode or links; the kernel clones blocks where it can.
-
-    Leaves a part of the file once `stopped` is set.
-
-    Args:
-        source: what to copy.
-        target: a new file.
-        stopped: ends the copying.
-        changes: what to do to tensors of it.
-        existing: `target` is an empty file that is there.
-
-    Returns:
-        How many values were changed.
-
-    Raises:
-        ModelError: `source` cannot be read, or became shorter.
-        OSError: `target` exists or cannot be written.
-    """
-    changed = position = 0
-    with (
-        _open_source(source) as read,
-        target.open("r+b" if existing else "xb", buffering=0) as write,
-    ):
-        size = os.fstat(read.fileno()).st_size
-        for entry, change in sorted(changes, key=lambda one: one[0].start):
-            _copy_range(read, write, position, entry.start, stopped)
-            for first, rows in read_rows(entry, read, whole=change.whole):
-                changed += change.apply(rows, first)
-                _write_all(write, rows.reshape(-1).view(np.uint8).data)
-            _begin_writing(write, entry.start, entry.size)
-            position = entry.start + entry.size
-        _copy_range(read, write, position, size, stopped)
-    return changed
-
-
-def _open_source(source: Path) -> FileIO:
-    try:
-        return source.open("rb", buffering=0)
-    except OSError as error:
-        raise _unreadable(source, error) from error
-
-
-def _copy_range(
-    read: FileIO, write: FileIO, start: int, end: int, stopped: Event | None
-) -> None:
-    """Copy bytes [start, end) to the same place; `write` stands there before and after."""
-    while start < end and not (stopped is not None and stopped.is_set()):
-        done = _range_in_kernel(read, write, start, min(_RANGE, end - start))
-        done = done or _range_by_hand(read, write, start, min(_BUFFER, end - start))
-        _begin_writing(write, start, done)
-        start += done
-
-
-def _range_in_kernel(read: FileIO, write: FileIO, start: int, length: int) -> int:
-    """Bytes copied; 0 where the kernel can't, whatever its reason."""
-    try:
-        return os.copy_file_range(read.fileno(), write.fileno(), length, start)
-    except (AttributeError, OSError):
-        # Not on this platform or filesystem; or an error that reading and writing will name.
-        return 0
-
-
-def _range_by_hand(read: FileIO, write: FileIO, start: int, length: int) -> int:
-    source = Path(os.fsdecode(read.name))
-    try:
-        read.seek(start)
-        data = read.read(length)
-    except OSError as error:
-        raise _unreadable(source, error) from error
-    if not data:
-        raise ModelError(f"{source}: became shorter while it was read; fetch the file again")
-    _write_all(write, data)
-    return len(data)
-
-
-def _begin_writing(write: FileIO, start: int, length: int) -> None:
-    """Let the disk work beside the copying: the sync before publishing waits for it.
-
-    What it is told to forget, the kernel first writes, without waiting, and keeps till then.
-    """
-    with suppress(AttributeError, OSError):
-        os.posix_fadvise(write.fileno(), start, length, os.POSIX_FADV_DONTNEED)
-
-
-def _write_all(write: FileIO, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[write.write(rest) :]
-
-
-def _unreadable(source: Path, error: OSError) -> ModelError:
-    return ModelError(f"{source}: cannot read it ({error.strerror}); fetch the model again")
 
 
 def refuse_unwritable(config: Mapping[str, Any], root: Path) -> None:

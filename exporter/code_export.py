@@ -26,7 +26,8 @@ from austeer.adapters.steered_format import (
     steering_tensors,
 )
 from austeer.adapters.steered_site import touched_tensors
-from austeer.adapters.tensors import INDEX, SINGLE, Checkpoint, Tensors, write_tensors
+from austeer.adapters.tensors import Tensors, write_tensors
+from austeer.adapters.weights import INDEX, SINGLE, Checkpoint
 from austeer.exporter.checkpoint import (
     copy_checkpoint,
     index_metadata,

@@ -16,7 +16,7 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.composition.contributions import checked_weights
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.checkpoint import source_files
 from austeer.exporter.markdown import Row, number
 from austeer.exporter.provenance import Seal, adapter_facts, live_facts, versions

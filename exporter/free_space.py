@@ -15,7 +15,8 @@ from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.steered_site import touched_tensors
-from austeer.adapters.tensors import Checkpoint, TensorEntry
+from austeer.adapters.tensors import TensorEntry
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.checkpoint import source_files
 from austeer.exporter.merge import read_model_config
 from austeer.exporter.plan import FOLDABLE_DTYPES

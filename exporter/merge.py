@@ -15,8 +15,9 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.steered_site import check_layer
-from austeer.adapters.tensors import Checkpoint
-from austeer.exporter.checkpoint import Change, Copied, copy_checkpoint, shared_names
+from austeer.adapters.weights import Checkpoint
+from austeer.exporter.checkpoint import Copied, copy_checkpoint, shared_names
+from austeer.exporter.copying import Change
 from austeer.exporter.fold import fold_rows, fold_scale_rows
 from austeer.exporter.plan import FoldPlan, describe_refusals, plan_fold
 from austeer.exporter.proofs.fold_check import verify_fold_structure

@@ -9,12 +9,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
 
 from austeer.adapters._errors import RouteError
 from austeer.adapters._files import write_json
@@ -22,7 +20,7 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import TRANSFORMERS_4, architecture_of, text_config
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import module_reader
-from austeer.adapters.tokens import context_length
+from austeer.exporter.onnx_decoder import WRAPPED, CachedDecoder, example_inputs
 from austeer.graphs.graft import graft_model
 from austeer.graphs.graft_plan import ScaleAs
 from austeer.graphs.model_io import save_model
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_NAME = "model.onnx"
-_WRAPPED = "decoder"
-"""Attribute of the wrapper that holds the model; taken off every path after the export."""
 
 _USAGE = """```python
 from austeer.graphs import OnnxCausalLM  # onnxruntime and numpy, no torch
@@ -118,7 +114,7 @@ def export_graph(model: PreTrainedModel) -> ir.Model:
         stack.enter_context(torch.no_grad())
         program = _trace(model)
     graph = program.model
-    tidy_causal_lm(graph, text_config(model).num_hidden_layers, _WRAPPED)
+    tidy_causal_lm(graph, text_config(model).num_hidden_layers, WRAPPED)
     return graph
 
 
@@ -136,69 +132,6 @@ def _write_companions(
         generation = json.loads(model.generation_config.to_json_string())
         write_json(folder / "generation_config.json", generation)
     tokenizer.save_pretrained(folder)
-
-
-class _CachedDecoder(nn.Module):
-    """The model with flat tensors in and out, and its attention masks made explicit.
-
-    The masks are built here and not in transformers, so that one graph is right for prefill
-    and decoding, with padding, and beyond a sliding window, of which the cache keeps all.
-    Only a model whose position bias needs to know the real tokens builds its own.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.decoder = model
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: Int[Tensor, "B total"],
-        position_ids: Int[Tensor, "B T"],
-        *past: Float[Tensor, "B heads past size"],
-    ) -> tuple[Tensor, ...]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        output = self.decoder(
-            input_ids=input_ids,
-            attention_mask=self._masks(input_ids, attention_mask, past[0].dtype),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        layers = output.past_key_values.layers
-        return (
-            output.logits,
-            *(part for layer in layers for part in (layer.keys, layer.values)),
-        )
-
-    def _masks(
-        self, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype
-    ) -> Tensor | dict[str, Tensor]:
-        config = self.decoder.config
-        masks = architecture_of(config.model_type).masks
-        if masks == "tokens":
-            return attention_mask
-        keys = torch.arange(attention_mask.shape[1], device=input_ids.device)
-        distance = keys[keys.shape[0] - input_ids.shape[1] :, None] - keys
-        # A token always sees itself: an empty row is NaN where half precision overflows.
-        real = (attention_mask > 0)[:, None, None, :] | (distance == 0)
-        full = real & (distance >= 0)
-        # 0 is none, too.
-        window = getattr(config, "sliding_window", None) or None
-        sliding = full if window is None else full & (distance < window)
-        if masks == "by_layer_type":
-            return {
-                "full_attention": _additive(full, dtype),
-                "sliding_attention": _additive(sliding, dtype),
-            }
-        return _additive(sliding, dtype)
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    zero = torch.zeros((), dtype=dtype, device=visible.device)
-    return torch.where(visible, zero, torch.finfo(dtype).min)
 
 
 def _check_exportable(model: PreTrainedModel) -> None:
@@ -238,21 +171,11 @@ def _check_exportable(model: PreTrainedModel) -> None:
         )
 
 
-def _longest(model: PreTrainedModel) -> int | None:
-    """Most tokens that an input may hold; None for any number.
-
-    A window or bias that the model cuts out of a table ends with that table.
-    """
-    context = context_length(model)
-    counts = architecture_of(model.config.model_type).counts_places
-    return context - 2 if counts and context else None
-
-
 def _trace(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
-    arguments, shapes = _example(model)
+    arguments, shapes = example_inputs(model)
     try:
         exported = torch.export.export(
-            _CachedDecoder(model), arguments, dynamic_shapes=shapes, strict=False
+            CachedDecoder(model), arguments, dynamic_shapes=shapes, strict=False
         )
         program = torch.onnx.export(exported, args=(), dynamo=True, verbose=False)
     except Exception as error:
@@ -264,35 +187,6 @@ def _trace(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
     if program is None:
         raise RouteError(f"{model.config.model_type}: torch returned no ONNX model")
     return program
-
-
-def _example(model: PreTrainedModel) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Example arguments and their dynamic axes; every dynamic length is distinct and > 1."""
-    batch, fresh, past = 2, 3, 4
-    device = model.device
-    heads, sizes, dtype = _cache_layout(model)
-    count = 2 * text_config(model).num_hidden_layers
-    arguments = (
-        torch.ones(batch, fresh, dtype=torch.long, device=device),
-        torch.ones(batch, past + fresh, dtype=torch.long, device=device),
-        torch.arange(past, past + fresh, device=device).repeat(batch, 1),
-        *(
-            torch.zeros(batch, heads, past, sizes[number % 2], dtype=dtype, device=device)
-            for number in range(count)
-        ),
-    )
-    b = torch.export.Dim("batch")
-    t, p = (torch.export.Dim(name, max=_longest(model)) for name in ("fresh", "past"))
-    total = torch.export.Dim.DYNAMIC
-    shapes = ({0: b, 1: t}, {0: b, 1: total}, {0: b, 1: t}, ({0: b, 2: p},) * count)
-    return arguments, shapes
-
-
-def _cache_layout(model: PreTrainedModel) -> tuple[int, tuple[int, int], torch.dtype]:
-    """Key-value heads, sizes of keys and values, and dtype, read off a one-token run."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values.layers[0]
-    return cache.keys.shape[1], (cache.keys.shape[3], cache.values.shape[3]), cache.keys.dtype
 
 
 @contextmanager

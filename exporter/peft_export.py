@@ -20,7 +20,8 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.card import model_card
 from austeer.adapters.sites import Component, Site
-from austeer.adapters.tensors import Checkpoint, Tensors, write_tensors
+from austeer.adapters.tensors import Tensors, write_tensors
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
 from austeer.exporter.peft_plan import (
     MIXTURE_REFUSAL,

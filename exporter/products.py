@@ -14,7 +14,7 @@ from austeer.adapters._files import check_output_free, publish_directory
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.quantized.products import quantized_base, write_quantized
 from austeer.exporter.route_steps import prove_product, write_product

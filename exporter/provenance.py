@@ -16,7 +16,7 @@ from typing import Any
 from austeer.adapters._files import json_text, write_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.config import library_versions
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.checkpoint import source_files
 from austeer.exporter.report import as_json
 from austeer.exporter.routes import Route

@@ -21,14 +21,12 @@ from austeer.adapters._files import read_json, write_json
 from austeer.adapters._json import is_writable
 from austeer.adapters.tensors import (
     DTYPES,
-    INDEX,
-    SINGLE,
     STORED_DTYPES,
-    Checkpoint,
     TensorEntry,
     read_metadata,
     read_rows,
 )
+from austeer.adapters.weights import INDEX, SINGLE, Checkpoint
 from austeer.exporter._threads import run_in_threads
 from austeer.exporter.checkpoint import (
     Copied,

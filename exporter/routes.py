@@ -12,7 +12,7 @@ from austeer.adapters._files import read_json
 from austeer.adapters.config import CONFIG_NAME, Strength
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_format import is_steered
-from austeer.adapters.tensors import INDEX, SINGLE
+from austeer.adapters.weights import INDEX, SINGLE
 
 
 class Route(StrEnum):

@@ -25,7 +25,7 @@ from austeer.adapters.localization.state_file import discard_state
 from austeer.adapters.measurement.measure import make_splits
 from austeer.adapters.model_directory import model_directory
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.checkpoint import check_companions, source_files
 from austeer.exporter.describe import beta_ranges
 from austeer.exporter.free_space import check_space, run_size

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from austeer.adapters import RouteError, SiteError, SteeringAdapter
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.code_export import export_code
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.peft_export import convert_peft

@@ -18,7 +18,7 @@ from austeer.adapters.steered_format import (
     steered_config,
     steering_tensors,
 )
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.proofs.fold_check import same_bytes
 
 

@@ -23,7 +23,8 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite, touched_tensors
-from austeer.adapters.tensors import STORED_DTYPES, Checkpoint, TensorEntry, read_rows
+from austeer.adapters.tensors import STORED_DTYPES, TensorEntry, read_rows
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter._threads import run_in_threads
 from austeer.exporter.fold import round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES

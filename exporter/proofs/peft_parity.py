@@ -16,7 +16,7 @@ from austeer.adapters.architectures import text_config
 from austeer.adapters.fingerprint import checkpoint_reader, module_reader
 from austeer.adapters.loading import load_model
 from austeer.adapters.steered_site import touched_tensors
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.proofs.parity import ParityReport, compare_logits, float32_bound
 from austeer.exporter.proofs.reference import (
     context_length,

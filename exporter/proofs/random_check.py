@@ -23,7 +23,8 @@ from jaxtyping import Float
 from austeer.adapters._errors import RouteError, VerificationError
 from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.tensors import Checkpoint, Tensors, read_tensors
+from austeer.adapters.tensors import Tensors, read_tensors
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.fold import round_once
 from austeer.exporter.peft_export import CONFIG, WEIGHTS, peft_content
 from austeer.exporter.proofs.code_check import verify_code_structure

@@ -9,7 +9,7 @@ from pathlib import Path
 from austeer.adapters._errors import OutputError, RouteError
 from austeer.adapters._files import publish_file
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.exporter.checkpoint import copy_file
+from austeer.exporter.copying import copy_file
 from austeer.exporter.fold import changed_values, fold_scales, fold_tensor
 from austeer.exporter.merge import MergeSummary, check_effect
 from austeer.exporter.plan import FoldPlan, TensorEdit, describe_refusals

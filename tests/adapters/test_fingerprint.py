@@ -14,7 +14,7 @@ from reference import TRANSFORMERS_4
 from austeer.adapters import Component, ModelError, Site
 from austeer.adapters.architectures import architecture_of
 from austeer.adapters.fingerprint import checkpoint_reader, fingerprint, module_reader
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 
 SITES = [Site(0, Component.FFN), Site(1, Component.ATTENTION)]
 

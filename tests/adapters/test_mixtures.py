@@ -18,7 +18,7 @@ from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.fingerprint import checkpoint_reader, fingerprint, module_reader
 from austeer.adapters.mixtures import Carrier, Experts, Mixture, carriers, projections_of
 from austeer.adapters.sites import Component, Refusal
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.proofs.fold_check import verify_fold_structure
 

@@ -30,7 +30,7 @@ from austeer.adapters import (
 )
 from austeer.adapters import modeling_austeer as code
 from austeer.adapters import steered_format as form
-from austeer.adapters.tensors import INDEX
+from austeer.adapters.weights import INDEX
 from austeer.exporter.code_export import export_code
 
 IDS = torch.randint(3, 40, (3, 12), generator=torch.Generator().manual_seed(1))

@@ -29,12 +29,12 @@ from safetensors.numpy import save_file
 from austeer.adapters import ModelError
 from austeer.adapters.tensors import (
     DTYPES,
-    Checkpoint,
     read_header,
     read_metadata,
     read_tensors,
     write_tensors,
 )
+from austeer.adapters.weights import Checkpoint
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -16,16 +16,15 @@ from hostile import safetensors
 from safetensors.numpy import save_file
 
 from austeer.adapters import ModelError, tensors
-from austeer.adapters.tensors import Checkpoint
-from austeer.exporter import checkpoint
+from austeer.adapters.weights import Checkpoint
+from austeer.exporter import copying
 from austeer.exporter.checkpoint import (
-    Change,
     check_companions,
     copy_checkpoint,
-    copy_file,
     shared_names,
     source_files,
 )
+from austeer.exporter.copying import Change, copy_file
 
 TAKEN = (
     "LICENSE",
@@ -342,7 +341,7 @@ def test_writing_begins_beside_the_copying(
         begun.append((start, length))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(checkpoint, "_RANGE", 1000)
+    monkeypatch.setattr(copying, "_RANGE", 1000)
     (tmp_path / "a").write_bytes(bytes(range(256)) * 10)
     copy_file(tmp_path / "a", tmp_path / "b")
     assert begun == [(0, 1000), (1000, 1000), (2000, 560)]
@@ -362,7 +361,7 @@ def test_full_disk_is_not_hidden(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(5000))
     program = (
         "import resource, signal, sys; from pathlib import Path;"
-        "from austeer.exporter.checkpoint import copy_file;"
+        "from austeer.exporter.copying import copy_file;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
         "copy_file(*map(Path, sys.argv[1:]))"

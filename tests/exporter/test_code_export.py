@@ -29,7 +29,8 @@ from austeer.adapters import (
     load_tokenizer,
 )
 from austeer.adapters.steered_format import CODE_NAME, STEERING_NAME
-from austeer.adapters.tensors import INDEX, Checkpoint, TensorEntry
+from austeer.adapters.tensors import TensorEntry
+from austeer.adapters.weights import INDEX, Checkpoint
 from austeer.exporter import Route, code_export
 from austeer.exporter.cli import cli
 from austeer.exporter.code_export import export_code

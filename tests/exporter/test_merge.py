@@ -30,7 +30,7 @@ from austeer.adapters import (
     Strength,
 )
 from austeer.adapters.sites import Component, Site
-from austeer.exporter.checkpoint import link_file
+from austeer.exporter.copying import link_file
 from austeer.exporter.merge import merge_checkpoint, write_folded
 from austeer.exporter.settings import StoredAs
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from austeer.adapters import ModelError, RouteError, SteeringAdapter, VerificationError
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.cli import cli
 from austeer.exporter.commands._options import parse_size
 from austeer.exporter.merge import merge_checkpoint

@@ -13,7 +13,7 @@ import torch
 
 import austeer.graphs
 from austeer.adapters import AdapterError, SteeringAdapter, VerificationError
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.proofs.allowance import fold_rounding, rounding_allowance
 from austeer.exporter.proofs.reference import encode_prompts, greedy_agreement

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from austeer.adapters import SteeringAdapter, VerificationError
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.merge import write_folded
 from austeer.exporter.proofs import fold_check
 from austeer.exporter.proofs.fold_check import verify_fold_structure

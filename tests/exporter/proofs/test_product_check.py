@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from austeer.adapters import SteeringAdapter
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.cli import cli
 
 

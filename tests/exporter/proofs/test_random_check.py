@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from austeer.adapters import RouteError, SteeringAdapter, VerificationError
-from austeer.adapters.tensors import Checkpoint
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter.markdown import verify_sentences
 from austeer.exporter.merge import write_folded
 from austeer.exporter.peft_export import write_peft

@@ -29,7 +29,7 @@ from austeer.adapters import (
     VerificationError,
 )
 from austeer.adapters._leftovers import remove_leftovers
-from austeer.exporter.checkpoint import copy_file
+from austeer.exporter.copying import copy_file
 from austeer.exporter.proofs import fold_check
 from austeer.exporter.quantized import gguf_merge
 from austeer.exporter.quantized.gguf_check import verify_gguf_structure

@@ -19,8 +19,8 @@ from requirements import need
 
 from austeer.adapters import OutputError, RouteError, SteeringAdapter
 from austeer.adapters.attach import steering_hooks
-from austeer.exporter.checkpoint import copy_file
 from austeer.exporter.cli import cli
+from austeer.exporter.copying import copy_file
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.products import Base
 from austeer.exporter.quantized.products import PROOF, write_quantized
