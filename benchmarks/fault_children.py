@@ -104,6 +104,8 @@ def _run_and_exit(arguments: list[str], errors: Path, prepare: Prepare | None) -
 def preload() -> None:
     """Import what the commands import, so that no fork does; start no thread."""
     for name in (
+        # A child that is nobody may not read a Python that lies in root's home.
+        "encodings.utf_8_sig",
         "austeer.exporter.code_export",
         "austeer.exporter.onnx_export",
         "austeer.exporter.proofs.product_check",
