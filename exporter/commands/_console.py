@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -18,6 +19,12 @@ from austeer.adapters._errors import AusteerError
 from austeer.adapters._progress import Progress
 
 _ARGUMENTS = "austeer.arguments"
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions"),
+    errno.ENOENT: "check the path",
+    errno.ENOSPC: "free some of it",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
 
 
 class TranslatingGroup(click.Group):
@@ -163,4 +170,5 @@ def _one_line(text: str) -> str:
 
 def _system_error(error: OSError) -> str:
     reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{error.filename}: {reason}" if error.filename else reason
+    said = f"{error.filename}: {reason}" if error.filename else reason
+    return f"{said}; {_REMEDIES.get(error.errno or 0, 'check the path and the disk')}"

@@ -116,6 +116,8 @@ def test_missing_runtime_is_refused_before_the_model(
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "/some/file"), 2, "/some/file: No space"),
+        (PermissionError(13, "Permission denied", "/f"), 2, "/f: Permission denied; check its"),
+        (OSError("odd"), 2, "odd; check the path and the disk"),
         (MemoryError(), 2, "--batch-size"),
         (NoEffectError("nothing\nhelps"), 3, "error: nothing\\nhelps\n"),
     ],
