@@ -130,13 +130,13 @@ def index_seeds() -> list[bytes]:
 
 
 def use_index(raw: bytes, folder: Path) -> None:
-    from austeer.adapters import tensors
+    from austeer.adapters.weights import INDEX, Checkpoint
 
     for name, tensor in (("one", "a"), ("two", "b"), ("three", "a")):
         header = json.dumps({tensor: entry("F32", [1], 0, 4)}).encode()
         (folder / f"{name}.safetensors").write_bytes(file_of(header, bytes(4)))
-    (folder / tensors.INDEX).write_bytes(raw)
-    found = tensors.Checkpoint(folder)
+    (folder / INDEX).write_bytes(raw)
+    found = Checkpoint(folder)
     assert {path.parent for path in found.files} == {folder}
     assert set(found) <= {"a", "b"}
 
