@@ -106,10 +106,11 @@ def tensor_seeds() -> list[bytes]:
 
 def use_tensors(raw: bytes, folder: Path) -> None:
     from austeer.adapters import tensors
+    from austeer.adapters.weights import SINGLE, Checkpoint
 
-    file = folder / "model.safetensors"
+    file = folder / SINGLE
     file.write_bytes(raw)
-    checkpoint = tensors.Checkpoint(folder)
+    checkpoint = Checkpoint(folder)
     metadata = tensors.read_metadata(file)
     json.dumps(metadata, ensure_ascii=False)
     for found in checkpoint.values():
