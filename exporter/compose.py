@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.composition.contributions import checked_weights
 from austeer.adapters.fingerprint import checkpoint_reader
-from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs
+from austeer.adapters.pairs import ContrastivePair, read_pairs
 from austeer.adapters.weights import Checkpoint
-from austeer.exporter.checkpoint import source_files
 from austeer.exporter.markdown import Row, number
-from austeer.exporter.provenance import Seal, adapter_facts, live_facts, versions
+from austeer.exporter.provenance import Seal, adapter_facts, pairs_facts
 from austeer.exporter.settings import BaseOptions
 
 if TYPE_CHECKING:
@@ -135,23 +133,15 @@ def _close(
         sums=request.sums,
     )
     options = {name: getattr(request, name) for name in _OPTIONS}
-    if math.isinf(request.kl_budget):
-        options["kl_budget"] = None  # JSON has no infinity
     facts = {
         "options": options | {"base": dataclasses.asdict(request.base)},
         "parts": {
             name: adapter_facts(part)
             for name, part in zip(request.adapters, parts, strict=True)
         },
-        "data": {
-            file: {"count": len(found), "digest": pairs_digest(found)}
-            for file, found in pairs.items()
-        },
-        "adapter": adapter_facts(adapter),
-        "base": seal.base_facts(folder, source_files(Checkpoint(folder))),
-        "versions": versions(None, live=True),
+        "data": {file: pairs_facts(found) for file, found in pairs.items()},
     }
-    seal.close(work, facts | live_facts())
+    seal.close_job(work, folder, adapter, facts)
 
 
 def part_rows(report: Mapping[str, Any]) -> list[Row]:

@@ -16,6 +16,7 @@ from typing import Any
 from austeer.adapters._files import json_text, write_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.config import library_versions
+from austeer.adapters.pairs import ContrastivePair, pairs_digest
 from austeer.adapters.weights import Checkpoint
 from austeer.exporter.checkpoint import source_files
 from austeer.exporter.report import as_json
@@ -94,6 +95,25 @@ class Seal:
         write_sums(folder)
         return (PROVENANCE_NAME, SUMS_NAME)
 
+    def close_job(
+        self,
+        folder: Path,
+        base: Path,
+        adapter: SteeringAdapter | None,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """`close` with `facts` and those of what a live base gave; no adapter, no effect.
+
+        Raises:
+            OutputError: a file cannot be written.
+        """
+        found = {
+            "adapter": adapter and adapter_facts(adapter),
+            "base": self.base_facts(base, source_files(Checkpoint(base))),
+            "versions": versions(None, live=True),
+        }
+        self.close(folder, dict(facts) | found | live_facts())
+
     def close_product(self, folder: Path, product: ProductFacts) -> tuple[str, ...]:
         """`close` with the facts of one product of a checkpoint.
 
@@ -129,6 +149,11 @@ class Seal:
             "commit": stored.name if stored.parent.name == "snapshots" else None,
             "files": _file_facts(base, files),
         }
+
+
+def pairs_facts(pairs: Sequence[ContrastivePair]) -> dict[str, Any]:
+    """How many pairs there were, and their digest."""
+    return {"count": len(pairs), "digest": pairs_digest(pairs)}
 
 
 def adapter_facts(adapter: SteeringAdapter) -> dict[str, str]:

@@ -24,15 +24,15 @@ from austeer.adapters.localization.run import Ranking, localize
 from austeer.adapters.localization.state_file import discard_state
 from austeer.adapters.measurement.measure import make_splits
 from austeer.adapters.model_directory import model_directory
-from austeer.adapters.pairs import ContrastivePair, pairs_digest, read_pairs, render_pairs
+from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
 from austeer.adapters.weights import Checkpoint
-from austeer.exporter.checkpoint import check_companions, source_files
+from austeer.exporter.checkpoint import check_companions
 from austeer.exporter.describe import beta_ranges
 from austeer.exporter.free_space import check_space, run_size
 from austeer.exporter.merge import refuse_quantized
 from austeer.exporter.peft_export import check_peft_base
 from austeer.exporter.products import load_base, make_product, verification_prompts
-from austeer.exporter.provenance import Seal, adapter_facts, live_facts, versions
+from austeer.exporter.provenance import Seal, pairs_facts
 from austeer.exporter.report import build_report, write_report
 from austeer.exporter.routes import Route
 from austeer.exporter.samples import before_and_after
@@ -273,15 +273,8 @@ class _Job:
         )
 
     def _close(self, work: Path, adapter: SteeringAdapter | None) -> None:
-        seal, folder = self._seal, self._base.folder
-        facts = {
-            "options": self._options.as_dict(),
-            "data": self._data(),
-            "adapter": adapter and adapter_facts(adapter),
-            "base": seal.base_facts(folder, source_files(Checkpoint(folder))),
-            "versions": versions(None, live=True),
-        }
-        seal.close(work, facts | live_facts())
+        facts = {"options": self._options.as_dict(), "data": self._data()}
+        self._seal.close_job(work, self._base.folder, adapter, facts)
 
     def _samples(self, adapter: SteeringAdapter) -> list[dict[str, str]]:
         with self._stage("samples"):
@@ -314,4 +307,4 @@ class _Job:
 
 
 def _described(path: str | None, pairs: list[ContrastivePair]) -> dict[str, Any]:
-    return {"path": path, "count": len(pairs), "digest": pairs_digest(pairs)}
+    return {"path": path} | pairs_facts(pairs)
