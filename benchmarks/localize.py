@@ -8,7 +8,8 @@ that turns from round to round; CPU time of this process, one thread, float32. T
 its tensors ready made: both strings of 8 successive pairs, right-padded. The trial of a
 layout, once a run, is left out. Lengths follow those of real question sets at 4.2 characters
 a token; ids and weights are random. Every round has the same number of distinct tokens, so
-that batches are as full as they are in a long run. Prints Markdown.
+that batches are as full as they are in a long run; a style's last row has those of all its
+sets. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -176,42 +177,51 @@ def localized(
     return cpu_seconds(work), scoring.seconds
 
 
-def measure(
-    model: LlamaForCausalLM, lengths: Lengths, size: int, rounds: int
-) -> dict[str, list[float]]:
-    """Ratios of every round, by column.
+Costs = dict[str, float]
 
-    `tokens` are the distinct ones to all that the base computes, padding and both copies of a
-    prompt included; each way is put to the base, `4 : 1` compares components, and scoring is
-    a share of packed localization with all four. A round has about `size` distinct tokens.
+
+def measure(model: LlamaForCausalLM, lengths: Lengths, size: int, rounds: int) -> list[Costs]:
+    """CPU seconds of every round by way, `base` included; those of scoring; counts of tokens.
+
+    `distinct` tokens are those that any way must compute, `computed` those that the base does,
+    padding and both copies of a prompt included. A round has about `size` distinct tokens.
     """
-    figures: dict[str, list[float]] = {
-        name: [] for name in ("tokens", *WAYS, "4 : 1", "scoring")
-    }
+    found: list[Costs] = []
     for turn in range(rounds):
         tokens = lengths.draw(lengths.pairs(size), turn)
         batches = bare_batches(tokens)
-        computed = sum(batch["input_ids"].numel() for batch in batches)
-        figures["tokens"].append(sum(pair.size for pair in tokens) / computed)
         order = ["base", *WAYS]
-        seconds: dict[str, float] = {}
+        costs: Costs = {
+            "distinct": sum(pair.size for pair in tokens),
+            "computed": sum(batch["input_ids"].numel() for batch in batches),
+        }
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             if name == "base":
-                seconds[name] = cpu_seconds(lambda: bare_forward(model, batches))  # noqa: B023
+                costs[name] = cpu_seconds(lambda: bare_forward(model, batches))  # noqa: B023
             else:
-                seconds[name], scoring = localized(model, tokens, WAYS[name])
+                costs[name], scoring = localized(model, tokens, WAYS[name])
             if name == PACKED:
-                figures["scoring"].append(scoring / seconds[name])
-        for name in WAYS:
-            figures[name].append(seconds[name] / seconds["base"])
-        figures["4 : 1"].append(seconds[PACKED] / seconds[ONE_PACKED])
-    return figures
+                costs["scoring"] = scoring
+        found.append(costs)
+    return found
 
 
-def cells(figures: dict[str, list[float]]) -> Iterator[str]:
+def total(rounds: Sequence[Costs]) -> Costs:
+    """The costs of several sets together, in one round."""
+    return {name: sum(costs[name] for costs in rounds) for name in rounds[0]}
+
+
+def cells(rounds: Sequence[Costs]) -> Iterator[str]:
     """Median of each ratio, with its smallest and largest."""
-    for name, ratios in figures.items():
+    pairs = {
+        "tokens": ("distinct", "computed"),
+        **{name: (name, "base") for name in WAYS},
+        "4 : 1": (PACKED, ONE_PACKED),
+        "scoring": ("scoring", PACKED),
+    }
+    for name, (part, whole) in pairs.items():
         form = ".2%" if name == "scoring" else ".3f"
+        ratios = [costs[part] / costs[whole] for costs in rounds]
         middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
         yield f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
@@ -256,6 +266,12 @@ def print_memory() -> None:
     )
 
 
+def print_row(name: str, rounds: Sequence[Costs]) -> None:
+    """One line of the table."""
+    target = TARGET[name.split(",")[0]]
+    print(f"| {name} | {target} | " + " | ".join(cells(rounds)) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4608, help="distinct tokens of a round")
@@ -284,11 +300,16 @@ def main() -> None:
         + " |"
     )
     print("|---|" + "---|" * (len(WAYS) + 4))
+    found: dict[str, list[list[Costs]]] = {}
     for name, lengths in SETS.items():
         if options.only in name:
-            figures = measure(model, lengths, options.tokens, options.rounds)
-            target = TARGET[name.split(",")[0]]
-            print(f"| {name} | {target} | " + " | ".join(cells(figures)) + " |", flush=True)
+            style = name.split(",")[0]
+            rounds = measure(model, lengths, options.tokens, options.rounds)
+            found.setdefault(style, []).append(rounds)
+            print_row(name, rounds)
+    for style, sets in found.items():
+        if len(sets) > 1:
+            print_row(f"{style}, all", [total(same) for same in zip(*sets, strict=True)])
     if options.only in ("", "memory"):
         print_memory()
 

@@ -94,6 +94,8 @@ inline constexpr Function<91, Status*, Context*, std::size_t, const std::int64_t
     output;
 inline constexpr Function<99, void, TypeShape*> release_type_shape;
 inline constexpr Function<193, Status*, const Context*, void**> stream;
+inline constexpr Function<249, Status*, const KernelInfo*, std::size_t, int*, const Value**>
+    constant_input;
 inline constexpr Function<268, Status*, const ShapeContext*, std::size_t, TypeShape**>
     input_shape;
 inline constexpr Function<270, Status*, const ShapeContext*, std::size_t, const TypeShape*>

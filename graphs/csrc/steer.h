@@ -19,7 +19,8 @@ enum class Type { kFloat, kFloat16, kBFloat16 };
 
 constexpr std::size_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
 
-// The site's constants, where the kernel runs; V, b and U are null without a predictor.
+// The site's constants, where the kernel runs; no index twice; V, b and U are null without a
+// predictor.
 struct Site {
   const std::int64_t* idx;
   const float* gamma;
@@ -33,10 +34,12 @@ struct Site {
 
 // tokens x width activations; y may be x.
 struct Rows {
-  const void* x;
+  const void* x;  // the row to begin with
   void* y;
   std::size_t tokens;
   std::size_t width;
+  std::ptrdiff_t step;  // from row to row in elements: width, or less width if y is x
+  bool more;            // after these another row comes
 };
 
 // One block of rows on the CPU.

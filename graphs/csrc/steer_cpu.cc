@@ -18,6 +18,7 @@ namespace austeer {
 namespace {
 
 constexpr std::size_t kBlock = 256;  // units handled at once, on the stack
+constexpr std::size_t kLanes = 8;    // of them read before one is written
 
 using Half = std::uint16_t;
 
@@ -109,31 +110,47 @@ AUSTEER_INLINE void constant(const Site& site, const Rows& rows) {
       place[i] = static_cast<std::int32_t>(site.idx[first + i]);
       AUSTEER_PREFETCH(static_cast<const Stored*>(rows.x) + place[i]);
     }
-    for (std::size_t token = 0; token < rows.tokens; ++token) {
-      const Stored* x = static_cast<const Stored*>(rows.x) + token * rows.width;
-      Stored* y = static_cast<Stored*>(rows.y) + token * rows.width;
-      const Stored* next = token + 1 < rows.tokens ? x + rows.width : x;
-      // Reads of a token come first: writes between them would hold up those that follow.
-      Stored value[kBlock];
-      for (std::size_t i = 0; i < count; ++i) {
-        value[i] = Element::narrow(Element::widen(x[place[i]]) * gain[i]);
-      }
-      for (std::size_t i = 0; i < count; ++i) {
-        AUSTEER_PREFETCH(next + place[i]);
-        y[place[i]] = value[i];
+    const Stored* x = static_cast<const Stored*>(rows.x);
+    Stored* y = static_cast<Stored*>(rows.y);
+    for (std::size_t token = 0; token < rows.tokens; ++token, x += rows.step, y += rows.step) {
+      const Stored* next = token + 1 < rows.tokens || rows.more ? x + rows.step : x;
+      for (std::size_t i = 0; i < count; i += kLanes) {
+        const std::size_t lanes = count - i < kLanes ? count - i : kLanes;
+        // Reads of a group come first: writes between them would hold up those that follow.
+        Stored value[kLanes];
+        for (std::size_t j = i; j < i + lanes; ++j) {
+          value[j - i] = Element::narrow(Element::widen(x[place[j]]) * gain[j]);
+        }
+        for (std::size_t j = i; j < i + lanes; ++j) y[place[j]] = value[j - i];
+        for (std::size_t j = i; j < i + lanes; ++j) AUSTEER_PREFETCH(next + place[j]);
       }
     }
   }
+}
+
+// value . V, whose numbers lie `stride` apart.
+AUSTEER_INLINE float dot(const float* value, const float* V, std::size_t stride,
+                         std::size_t count) {
+  static_assert(kLanes == 8);
+  float sum[kLanes] = {};
+  std::size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      sum[lane] += value[i + lane] * V[(i + lane) * stride];
+    }
+  }
+  for (; i < count; ++i) sum[0] += value[i] * V[i * stride];
+  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
 }
 
 template <typename Element>
 AUSTEER_INLINE void adaptive(const Site& site, const Rows& rows) {
   using Stored = typename Element::Stored;
   const float scale = *site.scale;
-  for (std::size_t token = 0; token < rows.tokens; ++token) {
-    const Stored* x = static_cast<const Stored*>(rows.x) + token * rows.width;
-    Stored* y = static_cast<Stored*>(rows.y) + token * rows.width;
-    const Stored* next = token + 1 < rows.tokens ? x + rows.width : x;
+  const Stored* x = static_cast<const Stored*>(rows.x);
+  Stored* y = static_cast<Stored*>(rows.y);
+  for (std::size_t token = 0; token < rows.tokens; ++token, x += rows.step, y += rows.step) {
+    const Stored* next = token + 1 < rows.tokens || rows.more ? x + rows.step : x;
     float feature[kMaxRank];
     for (std::size_t j = 0; j < site.r; ++j) feature[j] = site.b[j];
     float value[kBlock], logit[kBlock];
@@ -145,16 +162,7 @@ AUSTEER_INLINE void adaptive(const Site& site, const Rows& rows) {
       }
       for (std::size_t j = 0; j < site.r; ++j) {
         const float* V = site.V + first * site.r + j;
-        float sum[8] = {};
-        std::size_t i = 0;
-        for (; i + 8 <= count; i += 8) {
-          for (std::size_t lane = 0; lane < 8; ++lane) {
-            sum[lane] += value[i + lane] * V[(i + lane) * site.r];
-          }
-        }
-        for (; i < count; ++i) sum[0] += value[i] * V[i * site.r];
-        feature[j] += ((sum[0] + sum[4]) + (sum[1] + sum[5])) +
-                      ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+        feature[j] += site.r == 1 ? dot(value, V, 1, count) : dot(value, V, site.r, count);
       }
     }
     for (std::size_t first = 0; first < site.k; first += kBlock) {
@@ -169,12 +177,14 @@ AUSTEER_INLINE void adaptive(const Site& site, const Rows& rows) {
         const float* U = site.U + j * site.k + first;
         for (std::size_t i = 0; i < count; ++i) logit[i] += feature[j] * U[i];
       }
+      Stored narrow[kBlock];
       for (std::size_t i = 0; i < count; ++i) {
-        value[i] *= 1.0f + scale * site.gamma[first + i] * phi(logit[i]);
+        narrow[i] =
+            Element::narrow(value[i] * (1.0f + scale * site.gamma[first + i] * phi(logit[i])));
       }
       for (std::size_t i = 0; i < count; ++i) {
         AUSTEER_PREFETCH(next + site.idx[first + i]);
-        y[site.idx[first + i]] = Element::narrow(value[i]);
+        y[site.idx[first + i]] = narrow[i];
       }
     }
   }

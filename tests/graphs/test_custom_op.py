@@ -17,6 +17,7 @@ from steering_ops import (
     D,
     activations,
     bound,
+    hold_constants,
     one_node_model,
     reference,
     site_tensors,
@@ -81,6 +82,57 @@ def test_parity_matrix() -> None:
                 if rank == 0:
                     assert np.array_equal(*found), "constant gains: the same bits"
     assert worst <= 1.0
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 4])
+@pytest.mark.parametrize("fed", [(), ("scale",), ("gamma", "scale"), ("idx",)])
+def test_constants_of_the_graph_are_those_fed(
+    fed: tuple[str, ...], rank: int, dtype: str
+) -> None:
+    """What the kernel copies when the session is made, and what it asks for in every run."""
+    x, feeds = activations((2, 3), dtype), feeds_for(activations((2, 3), dtype), rank)
+    constants = {name: feeds[name] for name in feeds if name not in ("x", *fed)}
+    op = STEER_AU_ADAPTIVE if rank else STEER_AU
+    expected = run(one_node_model(op, dtype, rank=3), feeds)
+    one = session(hold_constants(one_node_model(op, dtype, rank=3), constants))
+    fed_now = {name: feeds[name] for name in ("x", *fed)}
+    np.testing.assert_array_equal(one.run(None, fed_now)[0], expected)
+    assert not np.array_equal(expected, x)
+    if "scale" in fed:
+        off = one.run(None, fed_now | {"scale": np.zeros(1, np.float32)})[0]
+        np.testing.assert_array_equal(off, x)
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nodes_one_after_another_in_place(rank: int, threads: int) -> None:
+    """They take the same rows in turn from the last and from the first one, in blocks."""
+    op, width, nodes = STEER_AU_ADAPTIVE if rank else STEER_AU, 4096, 3
+    tensors = {**site_tensors(rank), "scale": np.array([0.1], np.float32)}
+    tensors |= {"idx": np.array([4095, 0, 1000, 1001, 17])}
+    model = one_node_model(op, "float16", rank=3, width=width)
+    for _ in range(nodes - 1):
+        steering = model.graph.node(1)
+        again = ir.node(
+            op.name, [steering.outputs[0], *steering.inputs[1:]], domain=steering.domain
+        )
+        readers = [use.node for use in steering.outputs[0].uses() if use.node is not again]
+        for reader in readers:
+            reader.replace_input_with(0, again.outputs[0])
+        model.graph.insert_after(steering, again)
+    one = session(hold_constants(model, tensors), threads=threads)
+    rng = np.random.default_rng(0)
+    for tokens in (1, 700, 2, 700):
+        x = expected = rng.normal(size=(1, tokens, width)).astype(np.float16).astype(np.float32)
+        for _ in range(nodes):
+            expected = reference(expected, tensors, np.float32(0.1))
+        (y,) = one.run(None, {"x": x})
+        np.testing.assert_allclose(y, expected, rtol=4e-3, atol=1e-5)
+        others = np.setdiff1d(np.arange(width), tensors["idx"])
+        np.testing.assert_array_equal(y[..., others], x[..., others])
 
 
 @needs_library
@@ -200,6 +252,9 @@ def test_constants_that_do_not_fit_are_refused(
         value.shape = None if value.name in changes else value.shape
     with pytest.raises(Exception, match=says):
         run(model, feeds)
+    constants = {name: feeds.pop(name) for name in list(feeds) if name != "x"}
+    with pytest.raises(Exception, match=says):
+        run(hold_constants(model, constants), feeds)
 
 
 @needs_library

@@ -44,6 +44,15 @@ def one_node_model(
     return ir.Model(graph, ir_version=10, functions=[steer_function(op, opset)])
 
 
+def hold_constants(model: ir.Model, tensors: dict[str, np.ndarray]) -> ir.Model:
+    """`model` itself, its inputs of these names made initializers."""
+    for value in [value for value in model.graph.inputs if value.name in tensors]:
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(tensors[str(value.name)], name=value.name)
+        model.graph.register_initializer(value)
+    return model
+
+
 def site_tensors(rank: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     k = len(INDEX)

@@ -1,0 +1,192 @@
+#include "kernel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace austeer {
+namespace {
+
+// Below so many bytes of a block, waking a thread costs more than the work.
+constexpr std::size_t kBlockBytes = std::size_t{1} << 18;
+constexpr std::size_t kLine = 64;
+constexpr std::size_t kMostBlocks = 256;
+
+ort::Status* invalid(const ort::Api* api, const std::string& message) {
+  return ort::create_status(api, ort::kInvalidArgument, message.c_str());
+}
+
+struct ReleaseShape {
+  const ort::Api* api;
+  void operator()(ort::TypeShape* shape) const { ort::release_type_shape(api, shape); }
+};
+
+#define AUSTEER_TRY(call) \
+  if (ort::Status* status = (call)) return status
+
+ort::Status* read_value(const ort::Api* api, const ort::Value* value, std::size_t number,
+                        Input& input) {
+  ort::TypeShape* raw = nullptr;
+  AUSTEER_TRY(ort::type_and_shape(api, value, &raw));
+  const std::unique_ptr<ort::TypeShape, ReleaseShape> shape(raw, ReleaseShape{api});
+  AUSTEER_TRY(ort::rank(api, raw, &input.shape.rank));
+  if (input.shape.rank > input.shape.dims.size()) {
+    return invalid(api, "ai.austeer: input " + std::to_string(number) +
+                            " has more than 8 dimensions");
+  }
+  AUSTEER_TRY(ort::dimensions(api, raw, input.shape.dims.data(), input.shape.rank));
+  void* data = nullptr;
+  AUSTEER_TRY(ort::tensor_data(api, const_cast<ort::Value*>(value), &data));
+  input.data = data;
+  return nullptr;
+}
+
+ort::Status* check(const Op& op, const std::array<Input, kMostInputs>& inputs, Site& site,
+                   std::size_t width) {
+  const ort::Api* api = op.api;
+  const bool adaptive = op.adaptive;
+  const auto number = [&](std::size_t input) {
+    return static_cast<const float*>(inputs[input].data);
+  };
+  site = {};
+  site.idx = static_cast<const std::int64_t*>(inputs[1].data);
+  site.k = inputs[1].shape.size();
+  site.gamma = number(2);
+  site.scale = number(adaptive ? 6 : 3);
+  const auto refuse = [&](const char* name, const char* expected) {
+    return invalid(api, std::string("ai.austeer ") + op.name(&op) + ": " + name +
+                            ": expected " + expected);
+  };
+  if (inputs[1].shape.rank != 1) return refuse("idx", "[k]");
+  if (inputs[2].shape.size() != site.k) return refuse("gamma", "one number for each index");
+  if (inputs[adaptive ? 6 : 3].shape.size() != 1) return refuse("scale", "one number");
+  if (adaptive) {
+    if (inputs[3].shape.rank != 2) return refuse("V", "[k, r]");
+    site.V = number(3);
+    site.b = number(4);
+    site.U = number(5);
+    site.r = static_cast<std::size_t>(inputs[3].shape.dims[1]);
+    if (site.r < 1 || site.r > kMaxRank) return refuse("V", "a rank r from 1 to 64");
+    if (inputs[3].shape.size() != site.k * site.r) return refuse("V", "[k, r]");
+    if (inputs[4].shape.size() != site.r) return refuse("b", "[r]");
+    if (inputs[5].shape.size() != site.k * site.r) return refuse("U", "[r, k]");
+  }
+  // On a GPU the indices cannot be read from here; the kernel leaves out those outside.
+  if (!op.cuda && !inside(site.idx, site.k, width)) {
+    return refuse("idx", "numbers from 0 to the width of x, less one");
+  }
+  return nullptr;
+}
+
+struct Work {
+  Type type;
+  Site site;
+  Rows rows;
+  std::size_t block;
+};
+
+void run_block(void* data, std::size_t number) {
+  const Work& work = *static_cast<const Work*>(data);
+  const std::size_t first = number * work.block;
+  const std::ptrdiff_t element = size_of(work.type);
+  const std::ptrdiff_t offset = static_cast<std::ptrdiff_t>(first) * work.rows.step * element;
+  Rows rows = work.rows;
+  rows.tokens = std::min(work.block, work.rows.tokens - first);
+  rows.x = static_cast<const char*>(rows.x) + offset;
+  rows.y = static_cast<char*>(rows.y) + offset;
+  rows.more = first + rows.tokens < work.rows.tokens;
+  steer_cpu(work.type, work.site, rows);
+}
+
+// Begin with the rows that are still in a cache: whatever wrote them ended with the last one, and
+// a steering node before this one on the same activations where it ended.
+Rows from_the_warm_end(Type type, Rows rows) {
+  thread_local const void* latest = nullptr;
+  thread_local bool from_last = false;
+  from_last = rows.y != latest || !from_last;
+  latest = rows.y;
+  if (!from_last) return rows;
+  const std::size_t last = (rows.tokens - 1) * rows.width * size_of(type);
+  rows.x = static_cast<const char*>(rows.x) + last;
+  rows.y = static_cast<char*>(rows.y) + last;
+  rows.step = -rows.step;
+  return rows;
+}
+
+ort::Status* run_on_cpu(const Op& op, const ort::Context* context, const Site& site, Rows rows) {
+  std::size_t touched = rows.width * size_of(op.type);
+  // In place, of a token only the cache lines that hold a unit; without units, one.
+  if (rows.x == rows.y) {
+    touched = std::min(touched, (site.k + 1) * kLine);
+    rows = from_the_warm_end(op.type, rows);
+  }
+  if (site.V != nullptr) touched += 2 * site.k * site.r * sizeof(float);
+  std::size_t block = std::max<std::size_t>(1, kBlockBytes / touched);
+  block = std::max(block, (rows.tokens + kMostBlocks - 1) / kMostBlocks);
+  const std::size_t blocks = (rows.tokens + block - 1) / block;
+  Work work{op.type, site, rows, block};
+  if (blocks <= 1) {
+    steer_cpu(work.type, site, rows);
+    return nullptr;
+  }
+  return ort::parallel_for(op.api, context, run_block, blocks, 0, &work);
+}
+
+}  // namespace
+
+ort::Status* make_kernel(const Op& op, const ort::KernelInfo* info,
+                         std::unique_ptr<Kernel>& kernel) {
+  auto made = std::make_unique<Kernel>(op);
+  // On a GPU constants lie in its memory, where they are read from: nothing is copied.
+  for (std::size_t number = 1; !op.cuda && number < inputs_of(op); ++number) {
+    int constant = 0;
+    const ort::Value* value = nullptr;
+    AUSTEER_TRY(ort::constant_input(op.api, info, number, &constant, &value));
+    if (constant == 0 || value == nullptr) continue;
+    Input& input = made->constants[number];
+    AUSTEER_TRY(read_value(op.api, value, number, input));
+    const std::size_t width = number == 1 ? sizeof(std::int64_t) : sizeof(float);
+    const std::size_t bytes = input.shape.size() * width;
+    // Never null, so that an empty constant is one, too.
+    made->copies.push_back(std::make_unique<char[]>(std::max<std::size_t>(bytes, 1)));
+    if (bytes > 0) std::memcpy(made->copies.back().get(), input.data, bytes);
+    input.data = made->copies.back().get();
+  }
+  kernel = std::move(made);
+  return nullptr;
+}
+
+ort::Status* run(const Kernel& kernel, ort::Context* context) {
+  const Op& op = kernel.op;
+  const ort::Api* api = op.api;
+  std::array<Input, kMostInputs> inputs = kernel.constants;
+  for (std::size_t number = 0; number < inputs_of(op); ++number) {
+    if (inputs[number].data != nullptr) continue;
+    const ort::Value* value = nullptr;
+    AUSTEER_TRY(ort::input(api, context, number, &value));
+    AUSTEER_TRY(read_value(api, value, number, inputs[number]));
+  }
+  const Shape& shape = inputs[0].shape;
+  if (shape.rank == 0) return invalid(api, "ai.austeer: x: expected at least one dimension");
+  ort::Value* output = nullptr;
+  AUSTEER_TRY(ort::output(api, context, 0, shape.dims.data(), shape.rank, &output));
+  void* y = nullptr;
+  AUSTEER_TRY(ort::tensor_data(api, output, &y));
+  const auto width = static_cast<std::size_t>(shape.dims[shape.rank - 1]);
+  Site site;
+  AUSTEER_TRY(check(op, inputs, site, width));
+  const std::size_t size = shape.size();
+  if (size == 0) return nullptr;
+  const auto step = static_cast<std::ptrdiff_t>(width);
+  const Rows rows{inputs[0].data, y, size / width, width, step, false};
+  if (!op.cuda) return run_on_cpu(op, context, site, rows);
+  void* stream = nullptr;
+  AUSTEER_TRY(ort::stream(api, context, &stream));
+  const char* error = steer_cuda(op.type, site, rows, stream);
+  return error == nullptr
+             ? nullptr
+             : ort::create_status(api, ort::kFail, (std::string("ai.austeer: ") + error).c_str());
+}
+
+#undef AUSTEER_TRY
+
+}  // namespace austeer
