@@ -8,8 +8,8 @@ that turns from round to round; CPU time of this process, one thread, float32. T
 its tensors ready made: both strings of 8 successive pairs, right-padded. The trial of a
 layout, once a run, is left out. Lengths follow those of real question sets at 4.2 characters
 a token; ids and weights are random. Every round has the same number of distinct tokens, so
-that batches are as full as they are in a long run; a style's last row has those of all its
-sets. Prints Markdown.
+that batches are as full as they are in a long run; a style's last row takes all its sets
+together. Prints Markdown.
 """
 
 from __future__ import annotations

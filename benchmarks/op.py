@@ -5,9 +5,9 @@
 A chain of nodes over float32 activations [tokens, 4096], 100 units, one thread; all ways take
 turns in one run, CPU time. Costs are those of one node: the chain's, less that of a chain
 without nodes. `dense` is the other possible body, one multiplication by a constant vector;
-`copy` is the kernel with no units where it may not work in place. In the second table an Abs
-stands between any two nodes, as something that writes all activations does in a model: what a
-node finds in a cache is then what that has left there.
+`copy` is the kernel with no units where it may not work in place. The first table is that of
+several adapters at one site, where a node finds in a cache what the one before it left there;
+in the second an Abs stands between any two nodes, as what writes activations does in a model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #include "kernel.h"
 
 #include <algorithm>
-#include <cstring>
+#include <string>
 
 namespace austeer {
 namespace {
@@ -19,9 +19,6 @@ struct ReleaseShape {
   const ort::Api* api;
   void operator()(ort::TypeShape* shape) const { ort::release_type_shape(api, shape); }
 };
-
-#define AUSTEER_TRY(call) \
-  if (ort::Status* status = (call)) return status
 
 ort::Status* read_value(const ort::Api* api, const ort::Value* value, std::size_t number,
                         Input& input) {
@@ -97,27 +94,34 @@ void run_block(void* data, std::size_t number) {
   steer_cpu(work.type, work.site, rows);
 }
 
-// Begin with the rows that are still in a cache: whatever wrote them ended with the last one, and
-// a steering node before this one on the same activations where it ended.
-Rows from_the_warm_end(Type type, Rows rows) {
-  thread_local const void* latest = nullptr;
+// Begin with the rows that are still in a cache. What wrote them ended with the last one, but a
+// node directly before this one on the same activations ended where it did. The same address
+// under another node is taken for that; where it is a buffer used again, no more is lost than what
+// the cache held.
+Rows from_the_warm_end(const Kernel& kernel, Rows rows) {
+  thread_local const void* latest_rows = nullptr;
+  thread_local const Kernel* latest_node = nullptr;
   thread_local bool from_last = false;
-  from_last = rows.y != latest || !from_last;
-  latest = rows.y;
+  const bool behind = rows.y == latest_rows && &kernel != latest_node;
+  from_last = !behind || !from_last;
+  latest_rows = rows.y;
+  latest_node = &kernel;
   if (!from_last) return rows;
-  const std::size_t last = (rows.tokens - 1) * rows.width * size_of(type);
+  const std::size_t last = (rows.tokens - 1) * rows.width * size_of(kernel.op.type);
   rows.x = static_cast<const char*>(rows.x) + last;
   rows.y = static_cast<char*>(rows.y) + last;
   rows.step = -rows.step;
   return rows;
 }
 
-ort::Status* run_on_cpu(const Op& op, const ort::Context* context, const Site& site, Rows rows) {
+ort::Status* run_on_cpu(const Kernel& kernel, const ort::Context* context, const Site& site,
+                        Rows rows) {
+  const Op& op = kernel.op;
   std::size_t touched = rows.width * size_of(op.type);
   // In place, of a token only the cache lines that hold a unit; without units, one.
   if (rows.x == rows.y) {
     touched = std::min(touched, (site.k + 1) * kLine);
-    rows = from_the_warm_end(op.type, rows);
+    rows = from_the_warm_end(kernel, rows);
   }
   if (site.V != nullptr) touched += 2 * site.k * site.r * sizeof(float);
   std::size_t block = std::max<std::size_t>(1, kBlockBytes / touched);
@@ -136,20 +140,13 @@ ort::Status* run_on_cpu(const Op& op, const ort::Context* context, const Site& s
 ort::Status* make_kernel(const Op& op, const ort::KernelInfo* info,
                          std::unique_ptr<Kernel>& kernel) {
   auto made = std::make_unique<Kernel>(op);
-  // On a GPU constants lie in its memory, where they are read from: nothing is copied.
+  // On a GPU none has been tried.
   for (std::size_t number = 1; !op.cuda && number < inputs_of(op); ++number) {
     int constant = 0;
     const ort::Value* value = nullptr;
     AUSTEER_TRY(ort::constant_input(op.api, info, number, &constant, &value));
     if (constant == 0 || value == nullptr) continue;
-    Input& input = made->constants[number];
-    AUSTEER_TRY(read_value(op.api, value, number, input));
-    const std::size_t width = number == 1 ? sizeof(std::int64_t) : sizeof(float);
-    const std::size_t bytes = input.shape.size() * width;
-    // Never null, so that an empty constant is one, too.
-    made->copies.push_back(std::make_unique<char[]>(std::max<std::size_t>(bytes, 1)));
-    if (bytes > 0) std::memcpy(made->copies.back().get(), input.data, bytes);
-    input.data = made->copies.back().get();
+    AUSTEER_TRY(read_value(op.api, value, number, made->constants[number]));
   }
   kernel = std::move(made);
   return nullptr;
@@ -178,7 +175,7 @@ ort::Status* run(const Kernel& kernel, ort::Context* context) {
   if (size == 0) return nullptr;
   const auto step = static_cast<std::ptrdiff_t>(width);
   const Rows rows{inputs[0].data, y, size / width, width, step, false};
-  if (!op.cuda) return run_on_cpu(op, context, site, rows);
+  if (!op.cuda) return run_on_cpu(kernel, context, site, rows);
   void* stream = nullptr;
   AUSTEER_TRY(ort::stream(api, context, &stream));
   const char* error = steer_cuda(op.type, site, rows, stream);
@@ -186,7 +183,5 @@ ort::Status* run(const Kernel& kernel, ort::Context* context) {
              ? nullptr
              : ort::create_status(api, ort::kFail, (std::string("ai.austeer: ") + error).c_str());
 }
-
-#undef AUSTEER_TRY
 
 }  // namespace austeer

@@ -5,8 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "ort_abi.h"
 #include "steer.h"
@@ -45,14 +43,13 @@ struct Input {
   Shape shape;
 };
 
-// A node: its operator, and those of its inputs that never change, copied. Asking onnxruntime for
-// an input costs more than the work on one token.
+// A node: its operator, and those of its inputs that are the same in every run. They stay where
+// they are for as long as the session lives, and asking for them costs more than one token.
 struct Kernel {
   explicit Kernel(const Op& from) : op(from) {}
 
   const Op& op;
   std::array<Input, kMostInputs> constants = {};  // no data: to be asked for in every run
-  std::vector<std::unique_ptr<char[]>> copies;
 };
 
 // On success null, and the node in `kernel`.

@@ -23,9 +23,6 @@ int element(Type type) {
   return 0;
 }
 
-#define AUSTEER_TRY(call) \
-  if (ort::Status* status = (call)) return status
-
 // y has the shape of x. Where a dimension has neither a number nor a name, nothing is said:
 // two such dimensions would count as different ones.
 ort::Status* infer_shape(const ort::CustomOp* op, ort::ShapeContext* context) {
@@ -44,8 +41,6 @@ ort::Status* infer_shape(const ort::CustomOp* op, ort::ShapeContext* context) {
   }
   return rank == 0 ? nullptr : ort::set_output_shape(api, context, 0, shape);
 }
-
-#undef AUSTEER_TRY
 
 // No exception may cross into onnxruntime.
 template <typename Work>

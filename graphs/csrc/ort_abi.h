@@ -105,3 +105,7 @@ inline constexpr Function<274, Status*, const Context*, void (*)(void*, std::siz
     parallel_for;
 
 }  // namespace austeer::ort
+
+// Hand on what went wrong.
+#define AUSTEER_TRY(call) \
+  if (::austeer::ort::Status* status = (call)) return status

@@ -38,8 +38,8 @@ struct Rows {
   void* y;
   std::size_t tokens;
   std::size_t width;
-  std::ptrdiff_t step;  // from row to row in elements: width, or less width if y is x
-  bool more;            // after these another row comes
+  std::ptrdiff_t step;  // from row to row in elements: width, or -width where y is x
+  bool more;            // another row comes after these: it may be prefetched
 };
 
 // One block of rows on the CPU.
