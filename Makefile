@@ -18,7 +18,7 @@ TESTS_SERVING := tests/serving tests/test_foreign_graphs.py \
 # Its random models have other weights, on which the small fits of test_fit need not succeed.
 ANY_MODEL := "not test_fit or real"
 
-.PHONY: demo test check test-optimum test-serving test-llama venv venv-optimum \
+.PHONY: demo test test-shapes check test-optimum test-serving test-llama venv venv-optimum \
 	venv-serving venv-llama npm clean
 
 demo: venv ## steer the embedded model; before and after, from both products
@@ -26,6 +26,10 @@ demo: venv ## steer the embedded model; before and after, from both products
 
 test: venv ## the whole test-suite, but for the examples that need a runtime of their own
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not runtimes"
+
+test-shapes: venv ## arrays have the shapes and dtypes that signatures state
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --jaxtyping-packages=austeer,shape_checks.check \
+		-m "not (runtimes or slow or unchecked)" tests/adapters tests/graphs tests/exporter
 
 check: venv ## lint, formatting, strict types
 	$(BIN)/ruff check $(CODE)

@@ -35,7 +35,7 @@ class CachedDecoder(nn.Module):
         input_ids: Int[Tensor, "B T"],
         attention_mask: Int[Tensor, "B total"],
         position_ids: Int[Tensor, "B T"],
-        *past: Float[Tensor, "B heads past size"],
+        *past: Float[Tensor, "B heads past _"],
     ) -> tuple[Tensor, ...]:
         """Logits, then keys and values of every layer, those of the past included."""
         from transformers import DynamicCache

@@ -127,19 +127,19 @@ class PackedAttention:
         self,
         query: Float[Tensor, "1 H T D"],
         key: Float[Tensor, "1 K T D"],
-        value: Float[Tensor, "1 K T D"],
+        value: Float[Tensor, "1 K T E"],
         *,
         dropout: float = 0.0,
         scaling: float | None = None,
         softcap: float | None = None,
         sliding_window: int | None = None,
-    ) -> Float[Tensor, "1 T H D"]:
+    ) -> Float[Tensor, "1 T H E"]:
         """Attend; a window counts positions of a string, not places in the row.
 
         Args:
             query: one row.
             key: the same, of K heads; H is a multiple of K.
-            value: as `key`.
+            value: as `key`, of a width of its own.
             dropout: of attention weights.
             scaling: of the scores; 1/√D by default.
             softcap: bound on the scores, through tanh.

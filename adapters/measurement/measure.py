@@ -198,8 +198,8 @@ class Share:
             return grouped_interval(found, groups, self._seed)
 
         measured = {
-            "accuracy": mean(values > 0),
-            "base_accuracy": mean(base > 0),
+            "accuracy": mean((values > 0).astype(np.float64)),
+            "base_accuracy": mean((base > 0).astype(np.float64)),
             "margin": mean(values),
             "base_margin": mean(base),
             "margin_gain": mean(values - base),

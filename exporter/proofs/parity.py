@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from austeer.adapters._errors import VerificationError
 
@@ -110,7 +110,7 @@ class Comparison:
     difference: float
     to_base: float
     peak: float
-    agrees: Int[np.ndarray, " positions"]
+    agrees: Bool[np.ndarray, " positions"]
     margin: Float[np.ndarray, " positions"]
 
     def report(

@@ -69,7 +69,7 @@ def steered_logits(model: Any, adapter: SteeringAdapter, scale: float) -> Logits
     return run
 
 
-def greedy_continuation(model: Any, ids: Prompt, count: int) -> Prompt:
+def greedy_continuation(model: Any, ids: Prompt, count: int) -> Int[np.ndarray, "1 longer"]:
     """`ids` and the `count` tokens that the model's own `generate` adds greedily.
 
     The model's generation config is replaced: it may ask for penalties or end early.
@@ -86,7 +86,7 @@ def greedy_continuation(model: Any, ids: Prompt, count: int) -> Prompt:
 
 
 def greedy_agreement(
-    model: Any, ids: Prompt, decoded: Int[np.ndarray, "1 tokens"], near_tie: float
+    model: Any, ids: Prompt, decoded: Int[np.ndarray, "1 longer"], near_tie: float
 ) -> float:
     """Share of greedily decoded tokens that `model` would choose, too.
 

@@ -127,6 +127,7 @@ def test_scale_is_a_factor_on_gamma(tiny_model: Callable[..., Any]) -> None:
     assert torch.equal(half, steered_logits(model, adapter.scaled(0.5)))
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("layers", "units", "gamma", "message"),
     [
@@ -150,6 +151,7 @@ def test_bad_units(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.unchecked
 def test_dtypes_of_the_caller_are_those_of_the_file(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -230,6 +232,7 @@ GOOD = {
 }
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -313,6 +316,7 @@ STORED = {
 NUMBERS = b"".join(array.tobytes() for array in GOOD.values())
 
 
+@pytest.mark.unchecked
 @attacked
 @given(
     raw=changed_json(STORED).map(lambda header: safetensors(header, NUMBERS))

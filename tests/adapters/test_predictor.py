@@ -49,6 +49,7 @@ def test_absorbed_standardization_changes_nothing() -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     "shapes",
     [
