@@ -320,17 +320,16 @@ def test_a_model_that_runs_nowhere(tmp_path: Path, base: Path, adapter: Path) ->
     refused(tmp_path, base, adapter, "-o", tmp_path / "out", says=("NoSuchOperator",))
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize(
-    ("text", "damaged"), [(b"node_mul_676", b"node_mul_\xff76"), (b"silu_1", b"silu\xff1")]
+    ("text", "damaged"), [(rb"node_mul_\d", b"node_mul_\xff"), (rb"silu_1", b"silu\xff1")]
 )
 def test_a_name_that_is_no_text(
     tmp_path: Path, base: Path, adapter: Path, text: bytes, damaged: bytes
 ) -> None:
     path = base / "model.onnx"
-    data = path.read_bytes()
-    assert text in data
-    path.write_bytes(data.replace(text, damaged))
+    data, found = re.subn(text, damaged, path.read_bytes())
+    assert found
+    path.write_bytes(data)
     refused(tmp_path, base, adapter, "-o", tmp_path / "out", says=(str(path),))
 
 
