@@ -3,8 +3,9 @@
     SteerAU(x: T[..., D], idx: int64[k], gamma: float[k], scale: float[1]) -> y: T[..., D]
     SteerAUAdaptive(x, idx, gamma, V: float[k, r], b: float[r], U: float[r, k], scale) -> y
 
-T is float, float16 or bfloat16; every input is required. `y` is `x` with the k selected
-entries of its last axis multiplied by a gain, in float32, rounded once:
+T is float, float16 or bfloat16; every input is required, and no index stands in `idx` twice.
+`y` is `x` with the k selected entries of its last axis multiplied by a gain, in float32,
+rounded once:
 
     SteerAU          gain = 1 + scale · gamma
     SteerAUAdaptive  gain = 1 + scale · gamma · phi,  phi = 4 · sigmoid((x[idx] V + b) U - ln 3)
