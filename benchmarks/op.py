@@ -6,7 +6,7 @@ A chain of nodes over float32 activations [tokens, 4096], 100 units, one thread;
 turns in one run, CPU time. Costs are those of one node: the chain's, less that of a chain
 without nodes. `dense` is the other possible body, one multiplication by a constant vector;
 `copy` is the kernel with no units where it may not work in place. The first table is that of
-several adapters at one site, where a node finds what the one before it left in the caches;
+several adapters at one site, where a node finds in a cache what the one before it left there;
 in the second an Abs stands between any two nodes, as what writes activations does in a model.
 """
 

@@ -109,7 +109,7 @@ def test_constants_of_the_graph_are_those_fed(
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nodes_one_after_another_in_place(rank: int, threads: int) -> None:
-    """Each goes through the rows from the last one, in however many blocks."""
+    """Whichever end of the rows each begins at, in however many blocks."""
     op, width, nodes = STEER_AU_ADAPTIVE if rank else STEER_AU, 4096, 3
     tensors = {**site_tensors(rank), "scale": np.array([0.1], np.float32)}
     tensors |= {"idx": np.array([4095, 0, 1000, 1001, 17])}
