@@ -41,6 +41,11 @@ class PairTokens:
         return len(self.prefix) + len(self.positive) + len(self.negative)
 
     @property
+    def negative_start(self) -> int:
+        """Where the negative begins in `path`."""
+        return len(self.prefix) + len(self.positive)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longer of the two strings."""
         return len(self.prefix) + max(len(self.positive), len(self.negative))

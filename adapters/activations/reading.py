@@ -45,7 +45,7 @@ def read_sites(
         stack.enter_context(torch.no_grad())
         attention = None
         if isinstance(batch, PackedBatch):
-            attention = stack.enter_context(packed_attention(model, batch))
+            attention = stack.enter_context(packed_attention(model, batch, depth))
             stack.enter_context(_last_rows_alone(model, batch, depth - 1))
         reader = _Reader(batch, sites, () if attention is None else _narrow(model, depth - 1))
         stack.enter_context(reader.attached(model))

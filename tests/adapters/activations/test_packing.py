@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from austeer.adapters import Component, ModelError, Site
-from austeer.adapters.activations.packing import (
-    ATTENTION,
-    PackedAttention,
-    packed_attention,
-    packed_batch,
-)
+from austeer.adapters.activations.packed_attention import PackedAttention
+from austeer.adapters.activations.packing import ATTENTION, packed_attention, packed_batch
 from austeer.adapters.activations.reading import read_sites
 from austeer.adapters.tokens import PairTokens
 
@@ -95,6 +91,30 @@ def test_attention_equals_that_of_each_string(
             wanted = attended(query[0, :, path], key[0, :, path], value[0, :, path], **options)
             torch.testing.assert_close(found[0, path], wanted, rtol=1e-5, atol=1e-5)
         start += pair.size
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sliding_window": 4}])
+def test_where_only_ends_are_read_the_last_call_gives_no_more(
+    options: dict[str, Any], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if padded:
+        monkeypatch.setattr(PackedAttention, "_one_group", staticmethod(lambda device: True))
+    torch.manual_seed(1)
+    size = sum(pair.size for pair in TOKENS)
+    query = torch.randn(1, 4, size, 8)
+    key, value = torch.randn(1, 2, size, 8), torch.randn(1, 2, size, 6)
+    whole = PackedAttention(TOKENS)(query, key, value, **options)
+    attention = PackedAttention(TOKENS, 2)
+    first, second = (attention(query, key, value, **options) for _ in range(2))
+    torch.testing.assert_close(first, whole)
+    batch = packed_batch(TOKENS)
+    ends = torch.cat([batch.positive.last_position, batch.negative.last_position])
+    torch.testing.assert_close(second[0, ends], whole[0, ends], rtol=1e-5, atol=1e-6)
+    others = torch.ones(size, dtype=torch.bool)
+    others[ends] = False
+    assert whole[0, others].abs().amin(-1).amin(-1).gt(0).all()
+    assert not second[0, others].any()
 
 
 def test_equal_shapes_share_a_call() -> None:
