@@ -38,14 +38,32 @@ needs_library = pytest.mark.skipif(
 )
 
 
-def session(model: ir.Model, *, kernels: bool = True, threads: int = 1) -> Any:
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = [
+    CPU,
+    pytest.param(
+        CUDA,
+        marks=pytest.mark.skipif(
+            CUDA not in onnxruntime.get_available_providers(),
+            reason=f"onnxruntime has no {CUDA}: needs a GPU and onnxruntime-gpu",
+        ),
+    ),
+]
+
+
+def session(
+    model: ir.Model, *, kernels: bool = True, threads: int = 1, provider: str = CPU
+) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if kernels:
         register(options)
-    return onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    found = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=[provider]
     )
+    # One that does not come up leaves its work to the CPU with no more than a warning.
+    assert found.get_providers()[0] == provider
+    return found
 
 
 def run(model: ir.Model, feeds: dict[str, np.ndarray], **options: Any) -> np.ndarray:
@@ -58,14 +76,17 @@ def feeds_for(x: np.ndarray, rank: int, scale: float = 0.7) -> dict[str, np.ndar
 
 
 @needs_library
-def test_parity_matrix() -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_parity_matrix(provider: str) -> None:
     """Prints it: largest error in units of the allowed one, function body and kernel."""
     worst = 0.0
     for rank in (0, 1, 4):
         op = STEER_AU_ADAPTIVE if rank else STEER_AU
         for dtype in DTYPES:
             model = one_node_model(op, dtype, rank=3)
-            sessions = [session(model, kernels=kernels) for kernels in (False, True)]
+            sessions = [
+                session(model, kernels=kernels, provider=provider) for kernels in (False, True)
+            ]
             for shape in [(batch, tokens) for batch in (1, 3) for tokens in (1, 17, 512)]:
                 x = activations(shape, dtype)
                 expected = reference(x, site_tensors(rank), np.float32(0.7))
@@ -88,15 +109,17 @@ def test_parity_matrix() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 1, 4])
 @pytest.mark.parametrize("fed", [(), ("scale",), ("gamma", "scale"), ("idx",)])
+@pytest.mark.parametrize("provider", PROVIDERS)
 def test_constants_of_the_graph_are_those_fed(
-    fed: tuple[str, ...], rank: int, dtype: str
+    fed: tuple[str, ...], rank: int, dtype: str, provider: str
 ) -> None:
     """What the kernel copies when the session is made, and what it asks for in every run."""
     x, feeds = activations((2, 3), dtype), feeds_for(activations((2, 3), dtype), rank)
     constants = {name: feeds[name] for name in feeds if name not in ("x", *fed)}
     op = STEER_AU_ADAPTIVE if rank else STEER_AU
-    expected = run(one_node_model(op, dtype, rank=3), feeds)
-    one = session(hold_constants(one_node_model(op, dtype, rank=3), constants))
+    expected = run(one_node_model(op, dtype, rank=3), feeds, provider=provider)
+    model = hold_constants(one_node_model(op, dtype, rank=3), constants)
+    one = session(model, provider=provider)
     fed_now = {name: feeds[name] for name in ("x", *fed)}
     np.testing.assert_array_equal(one.run(None, fed_now)[0], expected)
     assert not np.array_equal(expected, x)
@@ -108,7 +131,8 @@ def test_constants_of_the_graph_are_those_fed(
 @needs_library
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_nodes_one_after_another_in_place(rank: int, threads: int) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_nodes_one_after_another_in_place(provider: str, rank: int, threads: int) -> None:
     """Whichever end of the rows each begins at, in however many blocks."""
     op, width, nodes = STEER_AU_ADAPTIVE if rank else STEER_AU, 4096, 3
     tensors = {**site_tensors(rank), "scale": np.array([0.1], np.float32)}
@@ -123,7 +147,7 @@ def test_nodes_one_after_another_in_place(rank: int, threads: int) -> None:
         for reader in readers:
             reader.replace_input_with(0, again.outputs[0])
         model.graph.insert_after(steering, again)
-    one = session(hold_constants(model, tensors), threads=threads)
+    one = session(hold_constants(model, tensors), threads=threads, provider=provider)
     rng = np.random.default_rng(0)
     for tokens in (1, 700, 2, 700):
         x = expected = rng.normal(size=(1, tokens, width)).astype(np.float16).astype(np.float32)
@@ -171,7 +195,8 @@ def test_few_units_in_place(units: int, rank: int) -> None:
 @pytest.mark.parametrize("dtype", ["float", "float16"])
 @pytest.mark.parametrize("k", [8, 9, 13, 257, 700])
 @pytest.mark.parametrize("op", [STEER_AU, STEER_AU_ADAPTIVE])
-def test_any_number_of_units(op: Any, k: int, dtype: str) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_any_number_of_units(provider: str, op: Any, k: int, dtype: str) -> None:
     """In groups and blocks; in float16 the kernel overwrites what the cast before it wrote."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 2000)).astype(DTYPES[dtype]).astype(np.float32)
@@ -182,7 +207,8 @@ def test_any_number_of_units(op: Any, k: int, dtype: str) -> None:
         tensors |= {"U": rng.normal(size=(rank, k))}
     tensors = {n: t if n == "idx" else t.astype(np.float32) for n, t in tensors.items()}
     model = one_node_model(op, dtype, rank=3, width=2000)
-    y = run(model, {"x": x, "scale": np.ones(1, np.float32), **tensors})
+    feeds = {"x": x, "scale": np.ones(1, np.float32), **tensors}
+    y = run(model, feeds, provider=provider)
     expected = reference(x, tensors, 1.0)
     rtol = 2e-5 if dtype == "float" else 1e-3
     np.testing.assert_allclose(y, expected, rtol=rtol, atol=1e-6)
