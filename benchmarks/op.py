@@ -3,8 +3,10 @@
     python benchmarks/op.py
 
 A chain of nodes over float32 activations [tokens, 4096], 100 units, one thread; all ways take
-turns in one run, CPU time. Costs are those of one node: the chain's, less that of a chain
-without nodes. `dense` is the other possible body, one multiplication by a constant vector;
+turns in one run, CPU time. A turn begins with a run that is not timed: the other ways have
+written over the caches since the last one, and a session that serves works on memory of its
+own that it has just used. Costs are those of one node: the chain's, less that of one without
+nodes. `dense` is the other possible body, one multiplication by a constant vector;
 `copy` is the kernel with no units where it may not work in place. The first table is that of
 several adapters at one site, where a node finds in a cache what the one before it left there;
 in the second an Abs stands between any two nodes, as what writes activations does in a model.
@@ -129,6 +131,7 @@ def measure(tokens: int, rounds: int, *, apart: bool) -> dict[str, np.ndarray]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
+            way.run(["y"], {"x": x})
             started = time.process_time()
             for _ in range(repeats):
                 way.run(["y"], {"x": x})
