@@ -26,7 +26,8 @@ def check_output_free(out: Path) -> None:
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
-        what = "a directory that is not empty" if out.is_dir() else "an existing file"
+        kind = "a directory that is not empty" if out.is_dir() else "an existing file"
+        what = "a symbolic link" if out.is_symlink() else kind
         raise OutputError(
             f"{out}: expected a new or empty directory, found {what}; "
             "remove it or choose another"

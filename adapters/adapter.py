@@ -131,8 +131,11 @@ class SteeringAdapter:
             AdapterError: not an adapter, malformed, unknown version or key.
         """
         folder = _local_folder(str(name_or_path), revision)
-        config = AdapterConfig.load(folder)
-        return cls(config, read_sites(folder / WEIGHTS_NAME))
+        config, sites = AdapterConfig.load(folder), read_sites(folder / WEIGHTS_NAME)
+        try:
+            return cls(config, sites)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}; export the adapter again") from error
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config, weights and model card to a new directory, atomically.
@@ -196,7 +199,7 @@ class SteeringAdapter:
                 "adapter for another base model: made for "
                 f"{self.config.base_model_name_or_path!r} with fingerprint "
                 f"{self.config.base_model_fingerprint}, this model has {found}; "
-                "use the right base or --force"
+                "use the right base, or force it (force=True, --force)"
             )
 
     @contextmanager
@@ -205,13 +208,16 @@ class SteeringAdapter:
     ) -> Iterator[None]:
         """Steer a live model inside the context, at `scale` times the fitted strength.
 
-        The hooks are removed on exit, also after an exception.
+        The hooks are removed on exit, also after an exception. What torch.compile made of any
+        model is compiled anew at the next call. Gains of several adapters multiply.
 
         Raises:
-            AdapterError: the model is not the adapter's base (unless `force`).
+            AdapterError: the model is not the adapter's base (unless `force`), this adapter is
+                attached to it already, or `scale` is not finite.
             SiteError: a site or unit that the model does not have.
         """
         from austeer.adapters.attach import steering_hooks
+        from austeer.adapters.live_model import attachment
 
         if model.config.model_type != self.config.model_type:
             raise AdapterError(
@@ -225,7 +231,10 @@ class SteeringAdapter:
             self.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
             if not force:
                 self._checked[model] = stamp
-        with steering_hooks(model, self.architecture, self.sites, scale):
+        with (
+            attachment(model, self, scale),
+            steering_hooks(model, self.architecture, self.sites, scale),
+        ):
             yield
 
     def scaled(self, factor: float) -> SteeringAdapter:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from austeer.adapters._errors import AdapterError
 from austeer.adapters._files import read_json, write_json
@@ -21,6 +21,8 @@ from austeer.adapters.sites import Component
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 PEFT_TYPE = "AUSTEER"
+
+E = TypeVar("E", bound=StrEnum)
 
 
 class Strength(StrEnum):
@@ -149,10 +151,11 @@ class AdapterConfig:
         if missing:
             raise AdapterError(f"{where}: key {missing[0]!r} is missing")
         try:
-            kinds = tuple(Component(item) for item in values["components"])
-            return cls(
-                **{**values, "components": kinds, "strength": Strength(values["strength"])}
-            )
+            named = values["components"]
+            _expect(isinstance(named, list | tuple), "components", "a list", named)
+            kinds = tuple(_member(Component, "components", item) for item in named)
+            strength = _member(Strength, "strength", values["strength"])
+            return cls(**{**values, "components": kinds, "strength": strength})
         except (TypeError, ValueError, AdapterError) as error:
             raise AdapterError(f"{where}: {error}") from error
 
@@ -231,6 +234,13 @@ def is_finite(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         return False
+
+
+def _member(kind: type[E], name: str, value: Any) -> E:
+    """The member of `kind` with this value."""
+    choices = [str(one.value) for one in kind]
+    _expect(value in choices, name, f"one of {', '.join(choices)}", value)
+    return kind(value)
 
 
 def _expect(holds: bool, name: str, expected: str, found: object) -> None:

@@ -19,10 +19,15 @@ def model_directory(name_or_path: str | Path, revision: str | None = None) -> Pa
     """The directory of a model: a local one as it is, or a Hub snapshot (downloaded once).
 
     Raises:
-        ModelError: neither a directory nor a model on the Hub.
+        ModelError: neither a directory nor a model on the Hub, or a revision of a directory.
     """
     name = str(name_or_path)
     if name and Path(name).is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"{name}: revision {revision!r} is one of the Hub, this is a local folder; "
+                "leave the revision out"
+            )
         return Path(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name or Path(name).exists():

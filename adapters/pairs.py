@@ -86,14 +86,32 @@ def iter_pairs(source: str | Path, *, split: str = "train") -> Iterator[Contrast
         yield _pair(where, row)
 
 
+def check_pairs(pairs: Sequence[ContrastivePair]) -> None:
+    """Refuse what is no list of pairs, such as the name of a file.
+
+    Raises:
+        PairsError: names the type that came.
+    """
+    listed = isinstance(pairs, Sequence) and not isinstance(pairs, str | bytes)
+    others = (
+        [one for one in pairs if not isinstance(one, ContrastivePair)] if listed else [pairs]
+    )
+    if others:
+        raise PairsError(
+            f"pairs: expected ContrastivePair objects, got {type(others[0]).__name__}; "
+            "read_pairs(file) gives them"
+        )
+
+
 def render_pairs(
     pairs: Sequence[ContrastivePair], tokenizer: PreTrainedTokenizerBase
 ) -> list[ContrastivePair]:
     """Fill the prompt of every `messages` pair by the tokenizer's chat template.
 
     Raises:
-        PairsError: the tokenizer has no template, or the template refuses the messages.
+        PairsError: no pairs, no template in the tokenizer, or one that refuses the messages.
     """
+    check_pairs(pairs)
     return [
         pair if pair.messages is None else replace(pair, prompt=_rendered(pair, tokenizer))
         for pair in pairs

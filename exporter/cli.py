@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -59,7 +60,21 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         # The first of several processes says it for all.
         logging.getLogger("austeer").setLevel(logging.ERROR)
+    _interrupt_on("SIGTERM", "SIGHUP")
     cli()
+
+
+def _interrupt_on(*names: str) -> None:
+    """Let these signals end a command as Ctrl-C does, which removes what is half done."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in names:
+        number = getattr(signal, name, None)
+        # nohup has SIGHUP ignored, and means it.
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
 
 
 @cli.command()

@@ -21,6 +21,7 @@ from austeer.adapters.composition.combined import OnOverlap, combine
 from austeer.adapters.composition.contributions import checked_weights
 from austeer.adapters.fingerprint import ReadTensor
 from austeer.adapters.fitting.candidates import HEADROOM
+from austeer.adapters.live_model import check_bare
 from austeer.adapters.measurement.evaluate import KLMeter
 from austeer.adapters.measurement.measure import Share, as_report
 from austeer.adapters.pairs import ContrastivePair
@@ -78,7 +79,9 @@ def combine_within_budget(
     Raises:
         AdapterError: what `combine` refuses.
         FitError: a budget that is not positive or that no factor keeps, or no finite KL.
+        ModelError: a model that is steered or compiled.
     """
+    check_bare(model, "combine")
     _check_budget(kl_budget)
     given = checked_weights(weights, len(adapters))
     joined = partial(

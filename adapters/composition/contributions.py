@@ -186,7 +186,7 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
     """One finite weight an adapter, 1 by default.
 
     Raises:
-        AdapterError: another number of weights, or one that is not finite.
+        AdapterError: another number of weights, or one that is not finite, or all 0.
     """
     if weights is None:
         return (1.0,) * count
@@ -197,4 +197,6 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
     for weight in weights:
         if not math.isfinite(weight):
             raise AdapterError(f"combine: weight {weight}: expected a finite number")
+    if not any(weights):
+        raise AdapterError("combine: with all weights 0 nothing is steered; raise one")
     return tuple(float(weight) for weight in weights)

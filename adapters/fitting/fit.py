@@ -24,6 +24,7 @@ from austeer.adapters.config import Strength
 from austeer.adapters.fitting.candidates import Candidate, FitOptions, best_of
 from austeer.adapters.fitting.outcome import no_effect_reason, selected_facts
 from austeer.adapters.fitting.search import find_candidates
+from austeer.adapters.live_model import check_bare
 from austeer.adapters.localization.run import Ranking, localize
 from austeer.adapters.measurement.measure import Share, Splits, make_splits, neutral_perplexity
 from austeer.adapters.pairs import ContrastivePair, pairs_digest, render_pairs
@@ -81,7 +82,9 @@ def fit_strength(
         NoEffectError: nothing within the budget helps; `.report` holds the same dictionary.
         FitError: options out of range, too few validation pairs, or a ranking of another model.
         PairsError: pairs that cannot be tokenized or split.
+        ModelError: a model that is steered or compiled.
     """
+    check_bare(model, "fit")
     options = FitOptions(
         strength=_strength(strength), components=_components(components, ranking, model),
         kl_budget=kl_budget, max_units=max_units, fluency_limit=fluency_limit, rank=rank,

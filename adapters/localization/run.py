@@ -15,6 +15,7 @@ from austeer.adapters.activations.layouts import Layout, choose_layout
 from austeer.adapters.activations.memory import token_budget_for
 from austeer.adapters.architectures import architecture_of, text_config
 from austeer.adapters.fingerprint import ends_fingerprint, module_reader
+from austeer.adapters.live_model import check_bare
 from austeer.adapters.localization.distributed import processes
 from austeer.adapters.localization.momentum import LayerValues, MomentumCounter
 from austeer.adapters.localization.ranking import Ranking
@@ -22,7 +23,7 @@ from austeer.adapters.localization.ranking_file import RankingInfo
 from austeer.adapters.localization.run_state import RunState
 from austeer.adapters.localization.state_file import Purpose
 from austeer.adapters.localization.stream import PairStream
-from austeer.adapters.pairs import ContrastivePair, pairs_digest
+from austeer.adapters.pairs import ContrastivePair, check_pairs, pairs_digest
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.steered_site import site_width
 from austeer.adapters.tokens import token_limit
@@ -80,9 +81,10 @@ def localize(
         PairsError: no pairs, or one that does not fit the model.
         FitError: an activation is not finite, a bad option, or `state` is of another run.
         SiteError: unknown component, none, or one that a layer of the model lacks.
-        ModelError: unsupported architecture.
+        ModelError: unsupported architecture, or a model that is steered or compiled.
         DistributedError: another process stopped, or has other arguments.
     """
+    check_bare(model, "localize")
     everything = architecture_of(model.config.model_type).components
     kinds = _components(everything if components is None else components)
     _check_options(pairs, padding_side, compat, batch_size)
@@ -170,6 +172,7 @@ def _check_options(
     compat: str | None,
     batch_size: int | None,
 ) -> None:
+    check_pairs(pairs)
     if not pairs:
         raise PairsError("localize: expected at least one pair, got none")
     if batch_size is not None and batch_size < 1:

@@ -100,7 +100,7 @@ fit_options = together(
         help="Text whose perplexity is reported: .txt, a text a line, or .jsonl with text.",
     ),
     click.option("--ranking", type=FOLDER, help="Ranking that `localize` wrote."),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
 )  # fmt: skip
 steering_options = together(
     click.option(

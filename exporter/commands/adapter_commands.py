@@ -80,7 +80,7 @@ def show(adapter: str, model: str | None, units: int, as_json: bool, **options: 
 )
 @click.option("--pairs", multiple=True, help="Report margins on these pairs; repeat for more.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @sums_option
 @base_options
 @json_option

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from austeer.adapters import OutputError
-from austeer.adapters._files import publish_directory, publish_file, write_json
+from austeer.adapters._files import (
+    check_output_free,
+    publish_directory,
+    publish_file,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -83,6 +88,12 @@ def test_taken_output_is_refused_before_any_work(tmp_path: Path, taken: object) 
     with pytest.raises(OutputError, match=wanted), publish_directory(out):
         pytest.fail("the body must not run")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_is_called_one(tmp_path: Path) -> None:
+    _link_to_empty(tmp_path / "out")
+    with pytest.raises(OutputError, match="found a symbolic link"):
+        check_output_free(tmp_path / "out")
 
 
 def test_directory_filled_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

@@ -124,6 +124,11 @@ def test_missing_directory(tmp_path: Path) -> None:
     assert "expected a model directory" in refusal(load_tokenizer, tmp_path / "none")
 
 
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    for load in (load_model, load_tokenizer):
+        assert "revision 'v7' is one of the Hub" in refusal(load, tmp_path, revision="v7")
+
+
 def test_file_instead_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     assert "found a file" in refusal(load_model, tmp_path / "model.safetensors")

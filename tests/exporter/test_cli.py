@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from austeer.adapters import NoEffectError, Ranking, SteeringAdapter
+from austeer.exporter import cli as command_line
 from austeer.exporter.cli import cli
 from austeer.exporter.report import without_times
 from austeer.graphs.custom_op import library_file
@@ -433,3 +438,50 @@ def test_run_on_the_embedded_model_steers_it(tmp_path: Path) -> None:
         tokens = model.generate(**ids, max_new_tokens=12, do_sample=False)
         texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["merge", "onnx"])
+def test_a_signal_ends_a_command_as_an_interrupt_does(
+    number: int,
+    command: str,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    fork: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def struck(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    def work() -> dict[str, int]:
+        monkeypatch.setattr("austeer.exporter.provenance.Seal.close_product", struck)
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        return {"code": int(str(ended.value.code))}
+
+    out = tmp_path / "there" / "out"
+    out.parent.mkdir()
+    arguments = ("austeer-export", command, base, adapter, "-o", out)
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    child = fork(work)
+    assert child.end() == 0 and child.result()["code"] == 130
+    assert not list(out.parent.iterdir())
+
+
+def test_nohup_is_respected(fork: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> dict[str, bool]:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        monkeypatch.setattr(command_line, "cli", lambda: os.kill(os.getpid(), signal.SIGHUP))
+        command_line.main()
+        return {"ignored": signal.getsignal(signal.SIGHUP) is signal.SIG_IGN}
+
+    child = fork(work)
+    assert child.end() == 0 and child.result()["ignored"]
+
+
+def test_a_seed_has_32_bits(base: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke("fit", base, pairs, "-o", out, "--seed", 2**32, exit_code=2)
+    assert "--seed" in result.stderr and not out.exists()

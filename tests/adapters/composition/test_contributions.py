@@ -22,7 +22,12 @@ from austeer.adapters import (
     Strength,
 )
 from austeer.adapters.attach import SiteSteer
-from austeer.adapters.composition.contributions import contributions, merged_sites, overlaps
+from austeer.adapters.composition.contributions import (
+    checked_weights,
+    contributions,
+    merged_sites,
+    overlaps,
+)
 
 WIDTH = 12
 SITE = Site(0, Component.FFN)
@@ -186,3 +191,8 @@ def test_a_weight_of_zero_pulls_nowhere() -> None:
 def test_bad_weights(weights: list[float], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         overlaps([adapter(part([1])), adapter(part([2]))], weights)
+
+
+def test_weights_that_steer_nothing_are_refused() -> None:
+    with pytest.raises(AdapterError, match="nothing is steered"):
+        checked_weights([0, 0.0], 2)

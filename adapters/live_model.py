@@ -1,0 +1,71 @@
+"""What stands on a live model besides its weights: adapters, and code compiled of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from austeer.adapters._errors import AdapterError, ModelError
+
+_attached: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
+
+
+@contextmanager
+def attachment(model: nn.Module, adapter: object, scale: object) -> Iterator[None]:
+    """Keep `adapter` on the list of those on `model` inside the context.
+
+    Raises:
+        AdapterError: it is there already, or `scale` is no finite number.
+    """
+    if not (isinstance(scale, Real) and math.isfinite(scale)):
+        raise AdapterError(f"attached: scale {scale!r}: expected a finite number")
+    present = _attached.setdefault(model, [])
+    if any(one is adapter for one in present):
+        raise AdapterError(
+            "this adapter is attached to the model already, and its gains would multiply; use "
+            "one context, with the scale that you want"
+        )
+    present.append(adapter)
+    _forget_compiled()
+    try:
+        yield
+    finally:
+        _forget_compiled()
+        present.remove(adapter)
+
+
+def check_bare(model: nn.Module, purpose: str) -> None:
+    """Refuse a model that does not show its own activations to hooks.
+
+    Args:
+        model: what was handed in.
+        purpose: what for, as the message calls it.
+
+    Raises:
+        ModelError: an adapter is attached to it, or it is compiled.
+    """
+    if _attached.get(model):
+        raise ModelError(
+            f"{purpose}: an adapter is attached to the model, which would be taken for its "
+            "base; leave that context first"
+        )
+    if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
+        raise ModelError(f"{purpose}: the model is compiled; compile it afterwards")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            f"{purpose}: expected a model, got what torch.compile made of it; hand in the first"
+        )
+
+
+def _forget_compiled() -> None:
+    """Make compiled models see hooks that come and go: torch.compile does not look for them."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()

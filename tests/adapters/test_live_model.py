@@ -1,0 +1,106 @@
+"""Adapters on a live model: once each, also where it is compiled, and never under a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from austeer.adapters import (
+    AdapterError,
+    ModelError,
+    PairsError,
+    SteeringAdapter,
+    fit_strength,
+    localize,
+)
+from austeer.adapters.live_model import check_bare
+
+TinyModel = Callable[..., Any]
+IDS = torch.arange(3, 15).reshape(2, 6)
+
+
+def some_adapter(model: Any, gamma: float = 0.8) -> SteeringAdapter:
+    return SteeringAdapter.from_units(model, "attention", [0, 1], [1, 2], [gamma, -gamma])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits.clone()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_model_compiled_and_run_before_is_steered(tiny_model: TinyModel, how: str) -> None:
+    """torch.compile puts no guard on hooks: without care the first graph would stay in use."""
+    model = tiny_model("llama")
+    adapter = some_adapter(model)
+    base = logits(model)
+    with adapter.attached(model):
+        steered = logits(model)
+    assert (steered - base).abs().max() > 1e-3
+    compiled = model
+    if how == "wrapped":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    torch.testing.assert_close(logits(compiled), base)
+    for _ in range(2):
+        with adapter.attached(model):
+            torch.testing.assert_close(logits(compiled), steered)
+        torch.testing.assert_close(logits(compiled), base)
+
+
+def test_one_adapter_is_attached_once(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    adapter, other = some_adapter(model), some_adapter(model, 0.1)
+    base = logits(model)
+    with adapter.attached(model):
+        steered = logits(model)
+        with (
+            pytest.raises(AdapterError, match="attached to the model already"),
+            adapter.attached(model),
+        ):
+            pass
+        torch.testing.assert_close(logits(model), steered)
+        with other.attached(model):
+            assert not torch.equal(logits(model), steered)
+        with adapter.attached(tiny_model("llama", seed=1), force=True):
+            pass
+    assert torch.equal(logits(model), base)
+    with adapter.attached(model, 0.5):
+        pass
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None])
+def test_a_scale_is_a_finite_number(tiny_model: TinyModel, scale: Any) -> None:
+    model = tiny_model("llama")
+    adapter, base = some_adapter(model), logits(model)
+    with (
+        pytest.raises(AdapterError, match="expected a finite number"),
+        adapter.attached(model, scale),
+    ):
+        pass
+    assert torch.equal(logits(model), base)
+
+
+def test_a_steered_or_compiled_model_is_no_base(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    with some_adapter(model).attached(model):
+        for work in (localize, fit_strength):
+            with pytest.raises(ModelError, match="adapter is attached"):
+                work(model, None, [])
+    check_bare(model, "fit")
+    with pytest.raises(ModelError, match=r"torch\.compile made of it"):
+        check_bare(torch.compile(model, backend="eager"), "fit")
+    model.compile(backend="eager")
+    with pytest.raises(ModelError, match="fit: the model is compiled"):
+        fit_strength(model, None, [])
+
+
+@pytest.mark.parametrize("pairs", ["pairs.jsonl", [{"prompt": "Tom"}], [("a", "b", "c")]])
+@pytest.mark.parametrize("work", [localize, fit_strength])
+def test_pairs_are_no_file_name(tiny_model: TinyModel, work: Any, pairs: Any) -> None:
+    with pytest.raises(PairsError, match=r"read_pairs\(file\) gives them"):
+        work(tiny_model("llama"), None, pairs)
