@@ -192,5 +192,5 @@ def _capped(
     return functional.dropout(weights, dropout) @ v
 
 
-def _repeated(x: Float[Tensor, "G K L D"], q: Float[Tensor, "G H L D"]) -> Tensor:
+def _repeated(x: Float[Tensor, "G K L D"], q: Float[Tensor, "G H _ _"]) -> Tensor:
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
