@@ -26,7 +26,7 @@ def attachment(model: nn.Module, adapter: object, scale: object) -> Iterator[Non
     """
     if not (isinstance(scale, Real) and math.isfinite(scale)):
         raise AdapterError(f"attached: scale {scale!r}: expected a finite number")
-    present = _attached.setdefault(model, [])
+    present = _attached.setdefault(_original(model), [])
     if any(one is adapter for one in present):
         raise AdapterError(
             "this adapter is attached to the model already, and its gains would multiply; use "
@@ -51,7 +51,7 @@ def check_bare(model: nn.Module, purpose: str) -> None:
     Raises:
         ModelError: an adapter is attached to it, or it is compiled.
     """
-    if _attached.get(model):
+    if _attached.get(_original(model)):
         raise ModelError(
             f"{purpose}: an adapter is attached to the model, which would be taken for its "
             "base; leave that context first"
@@ -62,6 +62,11 @@ def check_bare(model: nn.Module, purpose: str) -> None:
         raise ModelError(
             f"{purpose}: expected a model, got what torch.compile made of it; hand in the first"
         )
+
+
+def _original(model: nn.Module) -> nn.Module:
+    """The model behind what torch.compile made of it: both share their modules."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _forget_compiled() -> None:

@@ -63,6 +63,11 @@ def test_one_adapter_is_attached_once(tiny_model: TinyModel) -> None:
             adapter.attached(model),
         ):
             pass
+        with (
+            pytest.raises(AdapterError, match="attached to the model already"),
+            adapter.attached(torch.compile(model, backend="eager")),
+        ):
+            pass
         torch.testing.assert_close(logits(model), steered)
         with other.attached(model):
             assert not torch.equal(logits(model), steered)
