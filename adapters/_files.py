@@ -17,8 +17,12 @@ from austeer.adapters._json import TooLargeError, parse_json, read_text
 from austeer.adapters._leftovers import locked_directory, locked_file, remove_leftovers
 
 
-def check_output_free(out: Path) -> None:
+def check_output_free(out: Path, expected: str = "a new or empty directory") -> None:
     """Refuse an output path that exists and is not an empty directory.
+
+    Args:
+        out: the path.
+        expected: what it should be, for the message.
 
     Raises:
         OutputError: the path is taken.
@@ -29,8 +33,7 @@ def check_output_free(out: Path) -> None:
         kind = "a directory that is not empty" if out.is_dir() else "an existing file"
         what = "a symbolic link" if out.is_symlink() else kind
         raise OutputError(
-            f"{out}: expected a new or empty directory, found {what}; "
-            "remove it or choose another"
+            f"{out}: expected {expected}, found {what}; remove it or choose another"
         )
 
 

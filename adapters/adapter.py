@@ -214,11 +214,13 @@ class SteeringAdapter:
         Raises:
             AdapterError: the model is not the adapter's base (unless `force`), this adapter is
                 attached to it already, or `scale` is not finite.
+            ModelError: no model of transformers.
             SiteError: a site or unit that the model does not have.
         """
         from austeer.adapters.attach import steering_hooks
-        from austeer.adapters.live_model import attachment
+        from austeer.adapters.live_model import attachment, check_module
 
+        check_module(model, "attached")
         if model.config.model_type != self.config.model_type:
             raise AdapterError(
                 f"adapter for a {self.config.model_type} model, this one is "
@@ -228,7 +230,11 @@ class SteeringAdapter:
             raise AdapterError("this model is steered in code already; load its base")
         stamp = weights_stamp(self.architecture, [s.site for s in self.sites], model)
         if stamp is None or self._checked.get(model) != stamp:
-            self.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
+            layers = text_config(model).num_hidden_layers
+            try:
+                self.check_base(module_reader(model), layers, force)
+            except AdapterError as error:
+                raise _with_reason(error, model) from error
             if not force:
                 self._checked[model] = stamp
         with (
@@ -243,6 +249,15 @@ class SteeringAdapter:
             dataclasses.replace(s, gamma=(s.gamma * np.float32(factor))) for s in self.sites
         ]
         return SteeringAdapter(self.config, sites)
+
+
+def _with_reason(error: AdapterError, model: PreTrainedModel) -> AdapterError:
+    if str(model.dtype) != "torch.float16":
+        return error
+    return AdapterError(
+        f"{error}. It is in float16, which may have changed its weights: load it in float32 or "
+        "bfloat16"
+    )
 
 
 def _check_consistent(config: AdapterConfig, sites: Sequence[SteeredSite]) -> None:

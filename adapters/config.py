@@ -130,6 +130,12 @@ class AdapterConfig:
         Raises:
             AdapterError: unknown or missing keys, unknown version, bad values.
         """
+        kind = values.get("peft_type", PEFT_TYPE)
+        if kind != PEFT_TYPE:
+            raise AdapterError(
+                f"{where}: peft_type: expected {PEFT_TYPE}, found {kind!r}; is it an adapter "
+                "of another library?"
+            )
         found = values.get("format_version")
         if found != FORMAT_VERSION or isinstance(found, bool):
             raise AdapterError(

@@ -49,8 +49,9 @@ def check_bare(model: nn.Module, purpose: str) -> None:
         purpose: what for, as the message calls it.
 
     Raises:
-        ModelError: an adapter is attached to it, or it is compiled.
+        ModelError: it is no model, an adapter is attached to it, or it is compiled.
     """
+    check_module(model, purpose)
     if _attached.get(_original(model)):
         raise ModelError(
             f"{purpose}: an adapter is attached to the model, which would be taken for its "
@@ -61,6 +62,19 @@ def check_bare(model: nn.Module, purpose: str) -> None:
     if hasattr(model, "_orig_mod"):
         raise ModelError(
             f"{purpose}: expected a model, got what torch.compile made of it; hand in the first"
+        )
+
+
+def check_module(model: object, purpose: str) -> None:
+    """Refuse what is no model, such as the name of one.
+
+    Raises:
+        ModelError: as said.
+    """
+    if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise ModelError(
+            f"{purpose}: expected a model of transformers, got {type(model).__name__}; "
+            "load one with load_model"
         )
 
 

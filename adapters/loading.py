@@ -37,7 +37,7 @@ def load_model(
     *,
     device: str = "cpu",
     device_map: str | dict[str, Any] | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -48,7 +48,8 @@ def load_model(
         device: a torch device, such as `cpu` or `cuda:0`.
         device_map: `auto`, or a map of modules to devices, spreads a model larger than one
             device through accelerate; `device` must then be left at `cpu`.
-        dtype: `float32`, `bfloat16`, `float16`, or None for the checkpoint's own.
+        dtype: `float32`, `bfloat16`, `float16` or torch's own of that name, or None for the
+            checkpoint's.
         revision: Hub revision (branch, tag or commit).
         trust_remote_code: run the Python code that comes with the model.
 
@@ -57,13 +58,13 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    target = _target(device, device_map, dtype)
+    target, stored = _target(device, device_map, dtype)
     folder = model_directory(name_or_path, revision)
     _check_folder(folder)
     with _transformers_calls(folder, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype or "auto",
+            dtype=stored,
             use_safetensors=True,
             # Allowed here only so that the tensor can be named in our own error below.
             ignore_mismatched_sizes=True,
@@ -85,7 +86,7 @@ def load_steered(
     *,
     device: str = "cpu",
     device_map: str | dict[str, Any] | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a steered checkpoint with code, running our own code and none that lies beside it.
@@ -105,14 +106,14 @@ def load_steered(
     """
     from austeer.adapters.modeling_austeer import SteeredConfig, SteeredForCausalLM
 
-    target = _target(device, device_map, dtype)
+    target, stored = _target(device, device_map, dtype)
     folder = model_directory(name_or_path, revision)
     check_steered(folder)
     with _transformers_calls(folder, "steered model"):
         model, info = SteeredForCausalLM.from_pretrained(
             folder,
             config=SteeredConfig.from_pretrained(folder),
-            dtype=dtype or "auto",
+            dtype=stored,
             use_safetensors=True,
             output_loading_info=True,
             device_map=device_map,
@@ -185,14 +186,17 @@ def _check_complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) 
         )
 
 
-def _target(device: str, device_map: object, dtype: str | None) -> torch.device:
-    """The device, once what was asked for can work."""
+def _target(
+    device: str, device_map: object, dtype: str | torch.dtype | None
+) -> tuple[torch.device, str]:
+    """The device, and the dtype as transformers takes it, once what was asked for can work."""
     if device_map is not None:
         _check_device_map(device)
     target = _device(device)
-    if dtype is not None and dtype not in STORED_DTYPES:
-        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(STORED_DTYPES)}")
-    return target
+    name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in ("auto", *STORED_DTYPES):
+        raise ModelError(f"dtype {name!r}: expected one of {', '.join(STORED_DTYPES)}")
+    return target, name
 
 
 def _check_device_map(device: str) -> None:

@@ -192,7 +192,7 @@ def read_sites(path: Path) -> list[SteeredSite]:
     grouped: dict[str, dict[str, np.ndarray[Any, np.dtype[Any]]]] = {}
     for name, tensor in tensors.items():
         key, _, part = name.rpartition(".")
-        grouped.setdefault(key, {})[part] = tensor
+        grouped.setdefault(key or name, {})[part] = tensor
     try:
         return [_site(key, parts) for key, parts in grouped.items()]
     except (SiteError, AdapterError) as error:

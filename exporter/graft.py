@@ -130,7 +130,8 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
 
     started = time.monotonic()
     base = model_file(request.base)
-    check_output_free(request.out)
+    is_file = request.out.suffix == ".onnx"
+    check_output_free(request.out, "a new file name" if is_file else "a new or empty directory")
     adapters = [SteeringAdapter.from_pretrained(name) for name in request.adapters]
     progress("graft", 0, 1)
     graft, compared = _grafted(request, base, adapters)

@@ -71,7 +71,7 @@ def graft_as_file(out: Path, base: Path, model: ir.Model) -> Iterator[Path]:
         try:
             yield fresh
             # Another run may have been quicker.
-            check_output_free(out)
+            check_output_free(out, "a new file name")
             fresh.replace(work)
         finally:
             fresh.unlink(missing_ok=True)

@@ -76,7 +76,8 @@ def write_onnx(
         OutputError: the files cannot be written.
     """
     adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
-    graph = export_graph(_runnable(model))
+    model = _runnable(model)
+    graph = export_graph(model)
     graft_model(graph, adapter, scale, scale_as=ScaleAs(scale_as))
     path = folder / MODEL_NAME
     save_model(graph, path)
@@ -126,6 +127,9 @@ def _write_companions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     config = json.loads(model.config.to_json_string())
+    # transformers 4 calls it torch_dtype; the graph may hold another than the checkpoint.
+    dtype = str(model.dtype).removeprefix("torch.")
+    config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
     write_json(folder / "config.json", {**config, "architectures": [type(model).__name__]})
     if model.generation_config is not None:
         # Not `save_pretrained`: it refuses settings that many published models have.

@@ -213,6 +213,11 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FitError(f"{name}: expected at least 1, got {value}")
+        if self.rank > 1 and self.resolved_strength is not Strength.ADAPTIVE:
+            raise FitError(
+                f"rank: strength {self.resolved_strength} has no γ predictor; leave it out, "
+                "or choose adaptive"
+            )
         if not (self.kl_budget > 0.0 and math.isfinite(self.kl_budget)):
             raise FitError(f"kl_budget: expected a number above 0, got {self.kl_budget}")
         if not self.fluency_limit > 1.0:

@@ -64,7 +64,7 @@ def localize_job(
     """
     if out.is_dir():
         raise OutputError(f"{out}: expected a file name, found a directory; choose another")
-    check_output_free(out)
+    check_output_free(out, "a new file name")
     pairs = read_pairs(pairs_file)
     base = _loaded(base_options, progress)
     state = state_folder(out)

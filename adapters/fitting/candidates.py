@@ -67,6 +67,8 @@ class FitOptions:
         for name in ("max_units", "rank", "steps", "batch_size", "neutral_sequences"):
             if getattr(self, name) < 1:
                 raise FitError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.rank > 1 and self.strength is not Strength.ADAPTIVE:
+            raise FitError(f"rank: {self.strength} has no γ predictor; leave it at 1")
         if self.neutral_length < 2:
             raise FitError(f"neutral_length: expected at least 2, got {self.neutral_length}")
         if not self.components:

@@ -111,11 +111,11 @@ steering_options = together(
 )
 strength_input_options = together(
     click.option(
-        "--strength-input", "scale_as", flag_value="required",
+        "--strength-input", is_flag=True,
         help="Make the factor a graph input, steering_scale.",
     ),
     click.option(
-        "--optional-strength-input", "scale_as", flag_value="optional",
+        "--optional-strength-input", is_flag=True,
         help="The same with a default, for callers that do not know it; JavaScript cannot "
         "set it.",
     ),
@@ -156,6 +156,21 @@ def parse_size(text: str) -> int:
         if 1 <= size < 2**63:
             return int(size)
     raise click.BadParameter(f"expected a size such as 5GB or 500MiB, got {text!r}")
+
+
+def chosen_scale_as(strength_input: bool, optional_strength_input: bool) -> str:
+    """What the values of `strength_input_options` make of the factor.
+
+    Raises:
+        click.UsageError: both are set.
+    """
+    if strength_input and optional_strength_input:
+        raise click.UsageError(
+            "--strength-input and --optional-strength-input: choose one of them"
+        )
+    if optional_strength_input:
+        return "optional"
+    return "required" if strength_input else "constant"
 
 
 def chosen_base(options: Mapping[str, Any]) -> BaseOptions:

@@ -15,6 +15,7 @@ from austeer.exporter.commands._console import (
 )
 from austeer.exporter.commands._options import (
     FOLDER,
+    chosen_scale_as,
     json_option,
     out_option,
     strength_input_options,
@@ -53,7 +54,8 @@ from austeer.exporter.commands._options import (
 def graft(
     base_onnx: Path,
     adapters: tuple[str, ...],
-    scale_as: str | None,
+    strength_input: bool,
+    optional_strength_input: bool,
     no_verify: bool,
     as_json: bool,
     **options: Any,
@@ -68,7 +70,7 @@ def graft(
     request = GraftRequest(
         base=base_onnx,
         adapters=adapters,
-        scale_as=scale_as or "constant",
+        scale_as=chosen_scale_as(strength_input, optional_strength_input),
         verify=not no_verify,
         command=command_line(),
         **options,

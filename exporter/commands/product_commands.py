@@ -17,6 +17,7 @@ from austeer.exporter.commands._options import (
     FOLDER,
     base_options,
     chosen_base,
+    chosen_scale_as,
     json_option,
     no_verify_option,
     out_option,
@@ -60,7 +61,7 @@ def merge(as_json: bool, code: bool, **options: Any) -> None:
         dtype=None if code else options["dtype"],
         max_shard_size=options["max_shard_size"],
     )
-    _export(Route.CODE if code else Route.SAFETENSORS, options, as_json, stored)
+    _export(Route.CODE if code else Route.SAFETENSORS, options, as_json, stored=stored)
 
 
 @click.command()
@@ -75,7 +76,8 @@ def merge(as_json: bool, code: bool, **options: Any) -> None:
 @json_option
 def onnx(as_json: bool, **options: Any) -> None:
     """Export MODEL steered by ADAPTER to ONNX, with a KV cache."""
-    _export(Route.ONNX, options, as_json)
+    scale_as = chosen_scale_as(options["strength_input"], options["optional_strength_input"])
+    _export(Route.ONNX, options, as_json, scale_as=scale_as)
 
 
 @click.command()
@@ -136,7 +138,12 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
 
 
 def _export(
-    route: Route, options: dict[str, Any], as_json: bool, stored: StoredAs | None = None
+    route: Route,
+    options: dict[str, Any],
+    as_json: bool,
+    *,
+    stored: StoredAs | None = None,
+    scale_as: str = "constant",
 ) -> None:
     from austeer.exporter.products import export_product
 
@@ -152,7 +159,7 @@ def _export(
             force=options["force"],
             verify=not options["no_verify"],
             trust_remote_code=options["trust_remote_code"],
-            scale_as=options.get("scale_as") or "constant",
+            scale_as=scale_as,
             stored=stored or StoredAs(),
             sums=options["sums"],
         ),

@@ -198,6 +198,18 @@ def test_another_base_is_refused_with_both_digests_unless_forced(
         pytest.fail("the body must not run")
 
 
+def test_a_base_in_float16_is_told_why(tiny_model: Callable[..., Any]) -> None:
+    """Its weights have been rounded to fewer powers of two than bfloat16 has."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e-6
+    adapter = make(model)
+    wanted = "load it in float32"
+    with pytest.raises(AdapterError, match=wanted) as error, adapter.attached(model.half()):
+        pytest.fail("the body must not run")
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture
 def saved(tiny_model: Callable[..., Any], tmp_path: Path) -> Path:
     return make(tiny_model("llama")).save_pretrained(tmp_path / "adapter")
@@ -245,7 +257,7 @@ GOOD = {
         ({"layers.0.ffn.V": np.ones((2, 1), np.float32)}, "or index, gamma, V, b and U"),
         ({"layers.0.ffn.extra": np.ones(1, np.float32)}, "expected tensors index and gamma"),
         ({"layers.0.head.index": np.array([1], np.int64)}, r"layers\.<number>"),
-        ({"weight": np.ones(1, np.float32)}, r"layers\.<number>"),
+        ({"weight": np.ones(1, np.float32)}, r"'weight': expected layers\.<number>"),
         ({"layers.0.ffn.index": np.zeros(0, np.int64)}, "as many gammas as units"),
         ({"layers.0.ffn.index": np.array(3)}, "as many gammas as units"),
         ({"layers.0.ffn.gamma": np.array([1, -np.inf], np.float32)}, "NaN or infinity"),

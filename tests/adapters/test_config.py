@@ -87,7 +87,10 @@ def test_saved_config_comes_back(tmp_path: Path) -> None:
         ({"components": ["heart"]}, "components: expected one of .* found 'heart'"),
         ({"components": []}, "components: expected at least one"),
         ({"components": 3}, "components: expected a list, found 3"),
-        ({"peft_type": "LORA"}, "peft_type: expected AUSTEER, found 'LORA'"),
+        (
+            {"peft_type": "LORA", "format_version": "absent"},
+            "peft_type: expected AUSTEER, found 'LORA'",
+        ),
         ({"base_model_fingerprint": "sha256:short"}, "64 hex digits"),
         ({"base_model_fingerprint": None}, "64 hex digits"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path: expected a string"),

@@ -104,6 +104,19 @@ def test_a_steered_or_compiled_model_is_no_base(tiny_model: TinyModel) -> None:
         fit_strength(model, None, [])
 
 
+@pytest.mark.parametrize("no_model", ["stories260K", torch.nn.Linear(2, 2), None])
+def test_the_name_of_a_model_is_no_model(tiny_model: TinyModel, no_model: Any) -> None:
+    says = f"expected a model of transformers, got {type(no_model).__name__}; load one"
+    with (
+        pytest.raises(ModelError, match=says),
+        some_adapter(tiny_model("llama")).attached(no_model),
+    ):
+        pytest.fail("the body must not run")
+    for work in (localize, fit_strength):
+        with pytest.raises(ModelError, match=says):
+            work(no_model, None, [])
+
+
 @pytest.mark.parametrize("pairs", ["pairs.jsonl", [{"prompt": "Tom"}], [("a", "b", "c")]])
 @pytest.mark.parametrize("work", [localize, fit_strength])
 def test_pairs_are_no_file_name(tiny_model: TinyModel, work: Any, pairs: Any) -> None:

@@ -79,8 +79,8 @@ def test_shards_and_tied_weights(saved_model: SaveModel, tiny_model: Any) -> Non
     assert torch.equal(model(ids).logits, wanted)
 
 
-@pytest.mark.parametrize("asked", [None, "float32", "bfloat16", "float16"])
-def test_dtype(saved_model: SaveModel, asked: str | None) -> None:
+@pytest.mark.parametrize("asked", [None, "float32", "bfloat16", "float16", torch.float16])
+def test_dtype(saved_model: SaveModel, asked: str | torch.dtype | None) -> None:
     folder = saved_model("llama")
     own = torch.bfloat16
     edit_weights(
@@ -88,12 +88,14 @@ def test_dtype(saved_model: SaveModel, asked: str | None) -> None:
     )
     edit_config(folder, dtype="bfloat16")
     model = load_model(folder, dtype=asked)
-    assert model.dtype == (own if asked is None else getattr(torch, asked))
+    named = getattr(torch, asked) if isinstance(asked, str) else asked
+    assert model.dtype == (named or own)
 
 
 def test_unknown_dtype_and_device(saved_model: SaveModel) -> None:
     folder = saved_model()
-    assert "float8" in refusal(load_model, folder, dtype="float8")
+    for dtype in ("float8", torch.int8, 3):
+        assert "expected one of float32, bfloat16" in refusal(load_model, folder, dtype=dtype)
     for device in ("warp", "meta", "cuda:99", "cpu:x"):
         message = refusal(load_model, folder, device=device)
         assert repr(device) in message and "usable: cpu" in message

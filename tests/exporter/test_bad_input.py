@@ -403,7 +403,8 @@ def test_output_directory_that_is_not_empty(
 def test_output_file_that_exists(tmp_path: Path, base: Path, pairs: Path) -> None:
     taken = tmp_path / "ranking.safetensors"
     taken.write_text("precious")
-    refused(tmp_path, "localize", base, pairs, "-o", taken, says=(str(taken), "existing file"))
+    says = (str(taken), "expected a new file name", "existing file")
+    refused(tmp_path, "localize", base, pairs, "-o", taken, says=says)
 
 
 def test_ranking_into_a_directory_is_refused_before_the_model(

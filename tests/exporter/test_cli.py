@@ -85,6 +85,8 @@ def test_usage_errors_exit_2() -> None:
         (("--component", "layer", "--component", "ffn", "--to", "safetensors"), "layer"),
         (("--kl-budget", "0"), "kl_budget"),
         (("--kl-budget", "nan"), "kl_budget"),
+        (("--rank", "2", "--strength", "oriented"), "oriented has no γ predictor"),
+        (("--rank", "2", "--to", "safetensors"), "fitted has no γ predictor"),
     ],
 )
 def test_what_cannot_come_out_is_refused_before_the_model(

@@ -328,6 +328,9 @@ def test_bfloat16_model_is_written_in_float32(
     adapter = make_adapter(model, Component.NEURON, 1)
     write_onnx(model, tiny_tokenizer, adapter, tmp_path)
     assert model.dtype == torch.bfloat16
+    # transformers 4 calls it torch_dtype.
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {config.get("dtype"), config.get("torch_dtype")} <= {"float32", None} != {None}
     found = OnnxCausalLM(tmp_path, threads=1).logits(PROMPTS)
     model.float()
     with hooked(model, adapter):

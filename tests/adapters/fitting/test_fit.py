@@ -184,6 +184,7 @@ def test_meaningless_pairs_have_no_effect(tiny_model: Any, tiny_tokenizer: Any) 
         ({"max_units": 0}, "max_units"),
         ({"steps": 0}, "steps"),
         ({"rank": 0}, "rank"),
+        ({"rank": 2, "strength": Strength.ORIENTED}, "oriented has no γ predictor"),
         ({"neutral_length": 1}, "neutral_length"),
         ({"components": ()}, "components"),
     ],

@@ -158,6 +158,13 @@ def test_the_scale(tmp_path: Path, base: Path, adapter: Path) -> None:
     assert np.array_equal(logits(tmp_path / "out"), logits(tmp_path / "expected"))
 
 
+def test_one_kind_of_strength_input(tmp_path: Path, base: Path, adapter: Path) -> None:
+    both = ("--optional-strength-input", "--strength-input")
+    result = invoke(base, adapter, "-o", tmp_path / "out", *both, exit_code=2)
+    assert "choose one of them" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "kind"),
     [
