@@ -69,8 +69,11 @@ class SteeringAdapter:
 
         Raises:
             SiteError: lengths differ, unknown layers or units, duplicates, non-finite γ.
-            ModelError: the model's architecture is not supported.
+            ModelError: no model, or its architecture is not supported.
         """
+        from austeer.adapters.live_model import check_module
+
+        check_module(model, "from_units")
         if not len(layers) == len(units) == len(gamma):
             raise SiteError(
                 "from_units: expected equally many layers, units and gammas, "
@@ -244,11 +247,17 @@ class SteeringAdapter:
             yield
 
     def scaled(self, factor: float) -> SteeringAdapter:
-        """The same adapter with every γ multiplied by `factor`."""
+        """The same adapter with every γ multiplied by `factor`, without the fit's figures."""
         sites = [
             dataclasses.replace(s, gamma=(s.gamma * np.float32(factor))) for s in self.sites
         ]
-        return SteeringAdapter(self.config, sites)
+        if factor == 1.0:
+            return SteeringAdapter(self.config, sites)
+        config, factor = self.config, float(factor)
+        fit = {k: v for k, v in config.fit.items() if k not in ("validation", "test")}
+        alpha = None if config.alpha is None else config.alpha * factor
+        changed = dataclasses.replace(config, alpha=alpha, fit=fit | {"scaled_by": factor})
+        return SteeringAdapter(changed, sites)
 
 
 def _with_reason(error: AdapterError, model: PreTrainedModel) -> AdapterError:
@@ -291,6 +300,11 @@ def _component(name: str | Component) -> Component:
 
 def _local_folder(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
+        if revision is not None:
+            raise AdapterError(
+                f"{name}: revision {revision!r} is one of the Hub, this is a local folder; "
+                "leave the revision out"
+            )
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise AdapterError(

@@ -119,14 +119,34 @@ def transformed(model: nn.Module, hookpoint: Hookpoint, steer: Steer) -> Iterato
             f"{hookpoint.module}: with slow_but_exact and pretraining_tp the model computes "
             "its projections without calling them; set config.slow_but_exact to False"
         )
+    handle: Any
     if hookpoint.side == "input":
-        handle = module.register_forward_pre_hook(lambda _, args: (steer(args[0]), *args[1:]))
+        handle = module.register_forward_pre_hook(partial(_change_input, steer))
     else:
-        handle = module.register_forward_hook(lambda _, __, output: _on_first(output, steer))
+        handle = module.register_forward_hook(partial(_change_output, steer))
     try:
         yield
     finally:
         handle.remove()
+
+
+def _change_input(steer: Steer, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (steer(args[0]), *args[1:])
+
+
+def _change_output(steer: Steer, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    steered = steer(first_output(output))
+    return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def is_transformed(model: nn.Module) -> bool:
+    """Whether hooks of `transformed` are on a module, also on a copy of a steered model."""
+    return any(
+        getattr(hook, "func", None) in (_change_input, _change_output)
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    )
 
 
 @contextmanager
@@ -181,8 +201,3 @@ def final_modules(model: nn.Module, architecture: Architecture) -> list[nn.Modul
         if getattr(find_module(model, parent), name, path) is not None:
             found.append(find_module(model, path))
     return found
-
-
-def _on_first(output: Any, steer: Steer) -> Any:
-    steered = steer(first_output(output))
-    return (steered, *output[1:]) if isinstance(output, tuple) else steered

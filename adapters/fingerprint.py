@@ -124,9 +124,26 @@ def weights_stamp(
         tensor = _parameter(model, name)
         if tensor is None or tensor.is_meta or tensor.is_inference():
             return None
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // _STAMPED)]
-        found.append((id(tensor), tensor._version, float(some.double().sum())))
+        found.append((id(tensor), tensor._version, float(_some(tensor).double().sum())))
     return tuple(found)
+
+
+def sampled_digest(model: torch.nn.Module) -> str:
+    """`sha256:` digest of a few values of every parameter; one of another model differs.
+
+    It costs little, where a fingerprint reads whole tensors, and need not see a change of
+    single values. Parameters that are not in memory count by name and shape.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            digest.update(_some(tensor).float().cpu().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _some(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // _STAMPED)]
 
 
 def _blocks(read: ReadTensor, name: str, part: int | None) -> Iterator[Values]:

@@ -52,7 +52,9 @@ def check_bare(model: nn.Module, purpose: str) -> None:
         ModelError: it is no model, an adapter is attached to it, or it is compiled.
     """
     check_module(model, purpose)
-    if _attached.get(_original(model)):
+    from austeer.adapters.attach import is_transformed
+
+    if _attached.get(_original(model)) or is_transformed(model):
         raise ModelError(
             f"{purpose}: an adapter is attached to the model, which would be taken for its "
             "base; leave that context first"
@@ -75,6 +77,19 @@ def check_module(model: object, purpose: str) -> None:
         raise ModelError(
             f"{purpose}: expected a model of transformers, got {type(model).__name__}; "
             "load one with load_model"
+        )
+
+
+def check_tokenizer(tokenizer: object, purpose: str) -> None:
+    """Refuse what is no tokenizer, such as the name of one.
+
+    Raises:
+        ModelError: as said.
+    """
+    if not (callable(tokenizer) and hasattr(tokenizer, "bos_token_id")):
+        raise ModelError(
+            f"{purpose}: expected a tokenizer of transformers, got {type(tokenizer).__name__}; "
+            "load one with load_tokenizer"
         )
 
 

@@ -39,6 +39,11 @@ class ContrastivePair:
     where: str = ""
 
     @property
+    def place(self) -> str:
+        """What an error message calls the pair."""
+        return self.where or f"the pair with positive {self.positive[:40]!r}"
+
+    @property
     def content(self) -> str:
         """Canonical JSON of the pair; `where` and a rendered prompt are no part of it."""
         return _canonical([self.context, self.positive, self.negative])
@@ -90,7 +95,7 @@ def check_pairs(pairs: Sequence[ContrastivePair]) -> None:
     """Refuse what is no list of pairs, such as the name of a file.
 
     Raises:
-        PairsError: names the type that came.
+        PairsError: names the type that came, or the pair without whole texts.
     """
     listed = isinstance(pairs, Sequence) and not isinstance(pairs, str | bytes)
     others = (
@@ -101,6 +106,12 @@ def check_pairs(pairs: Sequence[ContrastivePair]) -> None:
             f"pairs: expected ContrastivePair objects, got {type(others[0]).__name__}; "
             "read_pairs(file) gives them"
         )
+    for number, pair in enumerate(pairs, 1):
+        try:
+            "".join((pair.prompt, pair.positive, pair.negative)).encode()
+        except (TypeError, UnicodeEncodeError) as error:
+            where = pair.where or f"pair {number}"
+            raise PairsError(f"{where}: expected three texts of whole characters") from error
 
 
 def render_pairs(
@@ -124,7 +135,7 @@ def split_pairs(
     """Split by content hash: the same pairs give the same splits, whatever their order.
 
     Pairs that share a non-empty prompt stay together, so that no prompt of one split is seen
-    in another; unless one prompt holds more than half of all pairs.
+    in another; but for one that holds more than half of all pairs.
 
     Args:
         pairs: pairs without repetitions.
@@ -164,15 +175,27 @@ def pairs_digest(pairs: Iterable[ContrastivePair]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def group_keys(pairs: Sequence[ContrastivePair]) -> list[str]:
+def group_keys(
+    pairs: Sequence[ContrastivePair], among: Sequence[ContrastivePair] | None = None
+) -> list[str]:
     """What tells which pairs belong together: their prompt, else their own content.
 
-    Where one prompt holds more than half of the pairs, it tells nothing, and every pair stands
-    for itself.
+    Where one prompt holds more than half of all pairs, it tells nothing, and each pair with it
+    stands for itself.
+
+    Args:
+        pairs: the pairs, of a split say.
+        among: all pairs, where these are some of them.
     """
-    keys = [_canonical(pair.context) if pair.context else pair.content for pair in pairs]
-    biggest = max(Counter(keys).values(), default=0)
-    return [pair.content for pair in pairs] if biggest * 2 > len(pairs) else keys
+    everywhere = Counter(map(_group_key, pairs if among is None else among))
+    (most, times), *_ = [*everywhere.most_common(1), ("", 0)]
+    alone = most if 2 * times > everywhere.total() else None
+    keys = map(_group_key, pairs)
+    return [p.content if key == alone else key for p, key in zip(pairs, keys, strict=True)]
+
+
+def _group_key(pair: ContrastivePair) -> str:
+    return _canonical(pair.context) if pair.context else pair.content
 
 
 def _groups(pairs: Sequence[ContrastivePair], seed: int) -> list[list[ContrastivePair]]:
@@ -241,7 +264,7 @@ def _messages(where: str, turns: Any) -> tuple[dict[str, Any], ...]:
 def _rendered(pair: ContrastivePair, tokenizer: PreTrainedTokenizerBase) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise PairsError(
-            f"{pair.where}: has messages, but the tokenizer has no chat template; "
+            f"{pair.place}: has messages, but the tokenizer has no chat template; "
             "use prompt instead, or a chat model"
         )
     try:
@@ -251,7 +274,7 @@ def _rendered(pair: ContrastivePair, tokenizer: PreTrainedTokenizerBase) -> str:
     except Exception as error:  # templates raise jinja2's errors, and any other
         reason = " ".join(str(error).split())[:200]
         raise PairsError(
-            f"{pair.where}: the chat template refuses the messages ({reason})"
+            f"{pair.place}: the chat template refuses the messages ({reason})"
         ) from error
     return _without_bos(str(text), tokenizer)
 

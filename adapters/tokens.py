@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from austeer.adapters._errors import FitError, PairsError
+from austeer.adapters._errors import FitError, ModelError, PairsError
 from austeer.adapters.architectures import text_config
 from austeer.adapters.pairs import ContrastivePair, render_pairs
 
@@ -28,12 +28,14 @@ class PairTokens:
         positive: rest of `prompt + positive`.
         negative: rest of `prompt + negative`.
         where: `file:line` for error messages.
+        cut: whether a string was longer than the limit.
     """
 
     prefix: tuple[int, ...]
     positive: tuple[int, ...]
     negative: tuple[int, ...]
     where: str = ""
+    cut: bool = False
 
     @property
     def size(self) -> int:
@@ -84,6 +86,21 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None
 
 
+def check_vocabulary(model: PreTrainedModel, where: str, ids: Iterable[int]) -> None:
+    """Refuse a token that the model has no embedding of.
+
+    Raises:
+        ModelError: names `where` it is, and the token.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    largest = max(ids, default=0)
+    if largest >= size:
+        raise ModelError(
+            f"{where}: the tokenizer gives id {largest}, the model has {size} embeddings; "
+            "do model and tokenizer belong together?"
+        )
+
+
 def tokenize_pairs(
     pairs: Sequence[ContrastivePair],
     tokenizer: PreTrainedTokenizerBase,
@@ -102,11 +119,11 @@ def tokenize_pairs(
     for pair, prompt in zip(pairs, prompts, strict=True):
         if len(prompt) >= max_tokens:
             raise PairsError(
-                f"{pair.where}: the prompt alone has {len(prompt)} tokens, "
+                f"{pair.place}: the prompt alone has {len(prompt)} tokens, "
                 f"a completion must fit in {max_tokens} with it; shorten the prompt"
             )
     return [
-        _branched(pair.where, tuple(positive[:max_tokens]), tuple(negative[:max_tokens]))
+        _branched(pair.place, positive, negative, max_tokens)
         for pair, positive, negative in zip(pairs, positives, negatives, strict=True)
     ]
 
@@ -140,7 +157,21 @@ def plan_batches(tokens: Sequence[PairTokens], token_budget: int) -> list[tuple[
     return [tuple(batch) for batch in batches]
 
 
-def _branched(where: str, positive: tuple[int, ...], negative: tuple[int, ...]) -> PairTokens:
+def appended_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that the tokenizer puts behind every text, such as an end token; mostly none."""
+    whole: Any = tokenizer("a")["input_ids"]
+    text: Any = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for end in range(len(whole), len(text) - 1, -1):
+        if list(whole[end - len(text) : end]) == list(text):
+            return tuple(whole[end:])
+    return ()
+
+
+def _branched(
+    where: str, whole_positive: Sequence[int], whole_negative: Sequence[int], limit: int
+) -> PairTokens:
+    positive, negative = tuple(whole_positive[:limit]), tuple(whole_negative[:limit])
+    cut = max(len(whole_positive), len(whole_negative)) > limit
     if positive == negative or not positive or not negative:
         raise PairsError(
             f"{where}: positive and negative are the same {len(positive)} tokens once "
@@ -148,7 +179,7 @@ def _branched(where: str, positive: tuple[int, ...], negative: tuple[int, ...]) 
         )
     both = zip(positive[:-1], negative[:-1], strict=False)
     shared = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], both))
-    return PairTokens(positive[:shared], positive[shared:], negative[shared:], where)
+    return PairTokens(positive[:shared], positive[shared:], negative[shared:], where, cut)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from austeer.adapters._errors import FitError, ModelError
+from austeer.adapters._errors import FitError
 from austeer.adapters.activations.layouts import (
     Layout,
     choose_layout,
@@ -24,7 +24,7 @@ from austeer.adapters.activations.memory import (
 )
 from austeer.adapters.activations.reading import SiteValues, read_sites
 from austeer.adapters.sites import Site
-from austeer.adapters.tokens import PairTokens, plan_batches
+from austeer.adapters.tokens import PairTokens, check_vocabulary, plan_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +105,8 @@ class Capturer:
         self, tokens: Sequence[PairTokens], batches: Sequence[Sequence[int]] | None = None
     ) -> Iterator[Activations]:
         """Yield the activations of every pair of this part once."""
-        _check_vocabulary(self._model, tokens)
+        for pair in tokens:
+            check_vocabulary(self._model, pair.where, pair.path())
         self._layout = choose_layout(self._model, tokens, self._layout)
         if batches is None:
             if self._token_budget is None:
@@ -161,14 +162,3 @@ def _check_finite(values: SiteValues, tokens: Sequence[PairTokens]) -> None:
                     f"{site}: activation is not finite for the pair {pair.where}; "
                     "are the weights sound? try --dtype float32"
                 )
-
-
-def _check_vocabulary(model: PreTrainedModel, tokens: Sequence[PairTokens]) -> None:
-    size = model.get_input_embeddings().weight.shape[0]
-    for pair in tokens:
-        largest = max(pair.path())
-        if largest >= size:
-            raise ModelError(
-                f"{pair.where}: the tokenizer gives id {largest}, the model has {size} "
-                "embeddings; do model and tokenizer belong together?"
-            )

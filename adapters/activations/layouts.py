@@ -67,7 +67,7 @@ def choose_layout(
     if reason is not None:
         notice.warning("pairs are neither packed nor shared: %s", reason)
         return "plain"
-    reason = _trial(model, tokens, "packed")
+    reason = _trial(model, [*tokens, *_beyond_window(model, tokens)], "packed")
     if reason is None:
         return "packed"
     notice.warning("pairs are not packed: %s", reason)
@@ -145,12 +145,35 @@ def _places_refusal(model: PreTrainedModel) -> str | None:
     return "the model counts distances by places in a row, not by position_ids"
 
 
-def _window_refusal(model: PreTrainedModel, longest: int) -> str | None:
-    window = getattr(text_config(model), "sliding_window", None)
+def _window(model: PreTrainedModel) -> int | None:
+    """Positions that a token of some layer sees, where they are bounded."""
+    names = ("sliding_window", "attention_chunk_size")
+    found = [getattr(text_config(model), name, None) for name in names]
     # Qwen2-MoE's is 0 where it has none.
-    if not window or window >= longest:
+    return min((int(size) for size in found if size), default=None)
+
+
+def _window_refusal(model: PreTrainedModel, longest: int) -> str | None:
+    window = _window(model)
+    if window is None or window >= longest:
         return None
     return f"a text has {longest} tokens, the sliding window {window}"
+
+
+def _beyond_window(model: PreTrainedModel, tokens: Sequence[PairTokens]) -> list[PairTokens]:
+    """A pair that the sliding window cuts, made of another where all are shorter.
+
+    Some models have the window in their mask alone, which packing does without; pairs that
+    come later may be as long as the limit.
+    """
+    window, limit = _window(model), token_limit(model)
+    longest = max(tokens, key=lambda pair: pair.longest, default=None)
+    if longest is None or window is None or not longest.longest <= window < limit:
+        return []
+    path = longest.path()
+    length = min(limit, 2 * window + 2) - 1
+    prefix = (path * (1 + length // len(path)))[:length]
+    return [PairTokens(prefix, longest.positive[:1], longest.negative[:1], longest.where)]
 
 
 def _probe(tokens: Sequence[PairTokens]) -> list[PairTokens]:

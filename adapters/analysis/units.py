@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from austeer.adapters.architectures import architecture_of, text_config
 from austeer.adapters.attach import SiteSteer, steering_hooks, text_decoder, transformed
 from austeer.adapters.composition.combined import check_base
 from austeer.adapters.fingerprint import ReadTensor
+from austeer.adapters.live_model import check_bare
 from austeer.adapters.measurement.neutral import TokenText, sample_neutral
 from austeer.adapters.sites import Site
 from austeer.adapters.steered_site import SteeredSite
@@ -111,11 +113,17 @@ def analyze_units(
 
     Raises:
         AdapterError: `model` is not the adapter's base.
-        FitError: fewer than one unit, token or text asked for.
+        FitError: fewer than one unit, token or text asked for, or texts of one token.
+        ModelError: a model that is steered or compiled.
     """
-    for name, value in (("units", units), ("tokens", tokens), ("sequences", sequences)):
-        if value < 1:
-            raise FitError(f"{name}: expected at least 1, got {value}")
+    check_bare(model, "analyze")
+    given: dict[str, object] = {
+        "units": units, "tokens": tokens, "sequences": sequences, "length": length,
+    }  # fmt: skip
+    for name, value in given.items():
+        least = 2 if name == "length" else 1
+        if not (isinstance(value, Integral) and int(value) >= least):
+            raise FitError(f"{name}: expected a whole number from {least} on, got {value}")
     check_base(adapter, model, "the adapter", read)
     chosen = strongest_units(adapter, units)
     with evaluating(model):
@@ -205,7 +213,8 @@ def _reader(steered: SteeredSite, part: TokenText, into: Tensor) -> Any:
     steer, index = SiteSteer(steered, 1.0), torch.from_numpy(steered.index)
 
     def read(x: Tensor) -> Tensor:
-        before = x[part.valid.to(x.device)].float()
+        # Some models flatten rows and positions into one axis.
+        before = x.reshape(*part.valid.shape, -1)[part.valid.to(x.device)].float()
         change = steer(before) - before
         for row, values in enumerate((before, change)):
             into[row] += values[:, index.to(x.device)].double().sum(0).cpu()

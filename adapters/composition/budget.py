@@ -90,7 +90,7 @@ def combine_within_budget(
     whole = joined(given)
 
     def share(number: int, some: Sequence[ContrastivePair] = ()) -> Share:
-        own = {"seed": _FRESH + 2 * seed + number, "batch_size": batch_size}
+        own: Any = {"seed": _FRESH + 2 * seed + number, "batch_size": batch_size}
         return Share(model, tokenizer, some, sequences=sequences, length=length, **own)
 
     with evaluating(model):

@@ -58,6 +58,7 @@ def combine(
             finite number an adapter, or an overlap that `on_overlap` refuses.
         SiteError: the model has not every steered unit, or a weighted γ is not finite.
     """
+    _check_adapters(adapters)
     names = _names(adapters, names)
     factors = checked_weights(weights, len(adapters))
     if on_overlap not in get_args(OnOverlap):
@@ -66,6 +67,10 @@ def combine(
         )
     _check_distinct(adapters, names)
     if model is not None:
+        # Here, because torch is not loaded where files alone are combined.
+        from austeer.adapters.live_model import check_module
+
+        check_module(model, "combine")
         read = read or module_reader(model)
     _check_one_base(adapters, names, model, read)
     shared = overlaps(adapters, factors)
@@ -118,9 +123,17 @@ def _strength(adapters: Sequence[SteeringAdapter]) -> Strength:
     return kinds.pop() if len(kinds) == 1 else Strength.FITTED
 
 
-def _names(adapters: Sequence[SteeringAdapter], names: Sequence[str] | None) -> tuple[str, ...]:
+def _check_adapters(adapters: Sequence[SteeringAdapter]) -> None:
+    listed = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+    others = [one for one in adapters if not isinstance(one, SteeringAdapter)] if listed else []
+    if not listed or others:
+        found = type(others[0] if others else adapters).__name__
+        raise AdapterError(f"combine: expected a list of SteeringAdapter objects, got {found}")
     if not adapters:
         raise AdapterError("combine: expected at least one adapter, got none")
+
+
+def _names(adapters: Sequence[SteeringAdapter], names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
         return tuple(f"adapter {number + 1}" for number in range(len(adapters)))
     if len(names) != len(adapters):

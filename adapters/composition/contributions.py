@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -194,9 +195,10 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
         raise AdapterError(
             f"combine: expected one weight for each of {count} adapters, got {len(weights)}"
         )
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise AdapterError(f"combine: weight {weight}: expected a finite number")
+    given: Sequence[object] = weights
+    for weight in given:
+        if not (isinstance(weight, Real) and math.isfinite(weight)):
+            raise AdapterError(f"combine: weight {weight!r}: expected a finite number")
     if not any(weights):
         raise AdapterError("combine: with all weights 0 nothing is steered; raise one")
     return tuple(float(weight) for weight in weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,10 @@ class FitOptions:
             )
         if not self.fluency_limit > 1.0:
             raise FitError(f"fluency limit: expected a ratio above 1, got {self.fluency_limit}")
-        for name in ("max_units", "rank", "steps", "batch_size", "neutral_sequences"):
-            if getattr(self, name) < 1:
-                raise FitError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("max_units", "rank", "steps", "batch_size", "neutral_sequences", "seed"):
+            least, value = int(name != "seed"), getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise FitError(f"{name}: expected a whole number from {least} on, got {value}")
         if self.rank > 1 and self.strength is not Strength.ADAPTIVE:
             raise FitError(f"rank: {self.strength} has no γ predictor; leave it at 1")
         if self.neutral_length < 2:

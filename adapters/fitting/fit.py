@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from austeer.adapters._errors import FitError, NoEffectError
+from austeer.adapters._errors import FitError, ModelError, NoEffectError
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.activations.reading import evaluating
 from austeer.adapters.adapter import SteeringAdapter
@@ -24,10 +25,16 @@ from austeer.adapters.config import Strength
 from austeer.adapters.fitting.candidates import Candidate, FitOptions, best_of
 from austeer.adapters.fitting.outcome import no_effect_reason, selected_facts
 from austeer.adapters.fitting.search import find_candidates
-from austeer.adapters.live_model import check_bare
+from austeer.adapters.live_model import check_bare, check_tokenizer
 from austeer.adapters.localization.run import Ranking, localize
-from austeer.adapters.measurement.measure import Share, Splits, make_splits, neutral_perplexity
-from austeer.adapters.pairs import ContrastivePair, pairs_digest, render_pairs
+from austeer.adapters.measurement.measure import (
+    Share,
+    Splits,
+    check_neutral_text,
+    make_splits,
+    neutral_perplexity,
+)
+from austeer.adapters.pairs import ContrastivePair, check_pairs, pairs_digest, render_pairs
 from austeer.adapters.sites import Component
 
 _LEAST_VALIDATION = 5  # pairs below which choosing is left to chance
@@ -43,7 +50,7 @@ def fit_strength(
     kl_budget: float = 0.1,
     max_units: int = 64,
     fluency_limit: float = 1.3,
-    components: Sequence[Component | str] | None = None,
+    components: str | Sequence[Component | str] | None = None,
     test_pairs: Sequence[ContrastivePair] | None = None,
     rank: int = 1,
     keep_sign: bool = False,
@@ -80,18 +87,30 @@ def fit_strength(
 
     Raises:
         NoEffectError: nothing within the budget helps; `.report` holds the same dictionary.
-        FitError: options out of range, too few validation pairs, or a ranking of another model.
+        FitError: options out of range, too few validation pairs, a ranking of another model, or
+            neutral text that is none.
         PairsError: pairs that cannot be tokenized or split.
-        ModelError: a model that is steered or compiled.
+        ModelError: a model that is steered or compiled, or was made in inference mode.
     """
     check_bare(model, "fit")
+    check_pairs(pairs)
+    check_tokenizer(tokenizer, "fit")
+    if ranking is not None and not isinstance(ranking, Ranking):
+        raise FitError(
+            f"ranking: expected a Ranking, got {type(ranking).__name__}; Ranking.load(file) "
+            "gives one"
+        )
     options = FitOptions(
         strength=_strength(strength), components=_components(components, ranking, model),
         kl_budget=kl_budget, max_units=max_units, fluency_limit=fluency_limit, rank=rank,
         keep_sign=keep_sign, seed=seed, batch_size=batch_size, steps=steps,
     )  # fmt: skip
+    if options.strength.trained:
+        _check_trainable(model)
     test = None if test_pairs is None else render_pairs(test_pairs, tokenizer)
     splits = make_splits(render_pairs(pairs, tokenizer), test, seed)
+    if neutral_text is not None:
+        check_neutral_text(model, tokenizer, neutral_text)
     with evaluating(model):
         ranking = ranking or _localized(model, tokenizer, splits, options)
         return Fitter(model, tokenizer, splits, ranking, options, progress).run(neutral_text)
@@ -134,7 +153,14 @@ class Fitter:
         }
         # Three samples of neutral text: one to train on, one to choose by, one to report.
         self._fit, self._validation, self._test = (
-            Share(model, tokenizer, part, seed=3 * options.seed + number, **sizes)
+            Share(
+                model,
+                tokenizer,
+                part,
+                seed=3 * options.seed + number,
+                whole=splits.whole(part),
+                **sizes,
+            )
             for number, part in enumerate((splits.fit, splits.validation, splits.test))
         )
 
@@ -146,6 +172,13 @@ class Fitter:
         Raises:
             NoEffectError: nothing within the budget helps.
         """
+        # Training needs gradients, whatever the caller has turned off.
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._run(neutral_text)
+
+    def _run(
+        self, neutral_text: Sequence[str] | None
+    ) -> tuple[SteeringAdapter, dict[str, Any]]:
         started = time.monotonic()
         candidates = find_candidates(
             self._model,
@@ -206,6 +239,7 @@ class Fitter:
             "neutral": {
                 "sequences": options.neutral_sequences,
                 "length": options.neutral_length,
+                "test_tokens": int(self._test.neutral.valid.sum()),
                 "source": "sampled from the base model",
             },
             "steps": options.steps if options.strength.trained else 0,
@@ -242,10 +276,13 @@ def _strength(name: Strength | str) -> Strength:
 
 
 def _components(
-    names: Sequence[Component | str] | None, ranking: Ranking | None, model: PreTrainedModel
+    names: str | Sequence[Component | str] | None,
+    ranking: Ranking | None,
+    model: PreTrainedModel,
 ) -> tuple[Component, ...]:
     row = architecture_of(model.config.model_type)
     known = tuple(row.components if ranking is None else ranking.components)
+    names = [names] if isinstance(names, str) else names
     wanted = tuple(dict.fromkeys(names)) if names else known
     for name in wanted:
         if name not in known:
@@ -261,6 +298,14 @@ def _check_enough(splits: Splits) -> None:
         raise FitError(
             f"pairs: {found} are left for validation, at least {_LEAST_VALIDATION} are needed; "
             f"give {5 * _LEAST_VALIDATION} pairs or more"
+        )
+
+
+def _check_trainable(model: PreTrainedModel) -> None:
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            "fit: the model was made under torch.inference_mode(), where nothing can be "
+            "trained; load it outside"
         )
 
 

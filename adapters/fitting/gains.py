@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,14 +73,17 @@ class TrainableGains(nn.Module):
         gamma = np.concatenate([part.gamma for part in units.values()])
         k = len(gamma)
         noise = torch.Generator().manual_seed(seed)
-        start = torch.randn(k, rank, generator=noise) / max(k, 1) ** 0.5
-        self.gamma = nn.Parameter(torch.tensor(gamma, dtype=torch.float32, device=device))
+        # Whatever the caller's default dtype and device are.
+        own: Any = {"dtype": torch.float32, "device": device}
+        start = torch.randn(k, rank, generator=noise, dtype=torch.float32, device="cpu")
+        start /= max(k, 1) ** 0.5
+        self.gamma = nn.Parameter(torch.tensor(gamma, **own))
         self.V = nn.Parameter(start.to(device))
-        self.b = nn.Parameter(torch.zeros(len(units), rank, device=device))
-        self.U = nn.Parameter(torch.zeros(rank, k, device=device))
+        self.b = nn.Parameter(torch.zeros(len(units), rank, **own))
+        self.U = nn.Parameter(torch.zeros(rank, k, **own))
         self.kept: Tensor
         self.register_buffer("kept", torch.ones(k, dtype=torch.bool, device=device))
-        self._saliency = torch.zeros(k, device=device)
+        self._saliency = torch.zeros(k, **own)
 
     @property
     def count(self) -> int:

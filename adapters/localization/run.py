@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from austeer.adapters.activations.capture import Activations, Capturer
 from austeer.adapters.activations.layouts import Layout, choose_layout
 from austeer.adapters.activations.memory import token_budget_for
 from austeer.adapters.architectures import architecture_of, text_config
-from austeer.adapters.fingerprint import ends_fingerprint, module_reader
-from austeer.adapters.live_model import check_bare
+from austeer.adapters.fingerprint import ends_fingerprint, module_reader, sampled_digest
+from austeer.adapters.live_model import check_bare, check_tokenizer
 from austeer.adapters.localization.distributed import processes
 from austeer.adapters.localization.momentum import LayerValues, MomentumCounter
 from austeer.adapters.localization.ranking import Ranking
@@ -88,6 +89,7 @@ def localize(
     everything = architecture_of(model.config.model_type).components
     kinds = _components(everything if components is None else components)
     _check_options(pairs, padding_side, compat, batch_size)
+    check_tokenizer(tokenizer, "localize")
     stream = PairStream(pairs, tokenizer, token_limit(model))
     stream.check_lengths()
     info = _info(model, pairs, kinds, compat)
@@ -114,7 +116,8 @@ def _open_run(
     """Empty counters, or those that a stopped run left."""
     budget = token_budget_for(model) if token_budget is None else token_budget
     counters = {kind: _counter(model, kind, info.compat) for kind in kinds}
-    purpose = Purpose(_facts(info, kinds, stream.digest()), info.count, budget)
+    facts = _facts(info, kinds, stream.digest(), sampled_digest(model))
+    purpose = Purpose(facts, info.count, budget)
     return RunState(
         counters, purpose, None if state is None else Path(state), every, processes()
     )
@@ -170,13 +173,15 @@ def _check_options(
     pairs: Sequence[ContrastivePair],
     padding_side: str,
     compat: str | None,
-    batch_size: int | None,
+    batch_size: object,
 ) -> None:
     check_pairs(pairs)
     if not pairs:
         raise PairsError("localize: expected at least one pair, got none")
-    if batch_size is not None and batch_size < 1:
-        raise FitError(f"batch size: expected at least 1, got {batch_size}")
+    if batch_size is not None and not (
+        isinstance(batch_size, Integral) and int(batch_size) > 0
+    ):
+        raise FitError(f"batch size: expected a whole number from 1 on, got {batch_size}")
     if padding_side not in ("left", "right"):
         raise FitError(f"padding side {padding_side!r}: expected left or right")
     if compat not in (None, "reference"):
@@ -210,11 +215,13 @@ def _info(
     )
 
 
-def _facts(info: RankingInfo, kinds: Sequence[Component], digest: str) -> dict[str, Any]:
+def _facts(
+    info: RankingInfo, kinds: Sequence[Component], digest: str, weights: str
+) -> dict[str, Any]:
     """What makes two runs one and the same, by names fit for a message."""
     return {
         "pairs (or tokenizer)": digest,
-        "model": [info.model_type, info.num_layers, info.base_fingerprint],
+        "model": [info.model_type, info.num_layers, info.base_fingerprint, weights],
         "dtype": info.dtype,
         "components": sorted(kind.value for kind in kinds),
         "compat": info.compat,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,17 @@ from jaxtyping import Bool
 
 from austeer.adapters.localization.distributed import Processes
 from austeer.adapters.pairs import ContrastivePair, render_pairs
-from austeer.adapters.tokens import PairTokens, plan_batches, tokenize_pairs
+from austeer.adapters.tokens import (
+    PairTokens,
+    appended_tokens,
+    plan_batches,
+    tokenize_pairs,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+notice = logging.getLogger("austeer")
 
 WINDOW = 1024
 # Pairs whose tokens stand for those of all.
@@ -66,6 +74,7 @@ class PairStream:
         """Refuse a pair that does not fit now, instead of hours later in its window.
 
         Only what can be too long is tokenized for it: tokens are rarely shorter than a byte.
+        How many completions are cut is logged.
 
         Raises:
             PairsError: a prompt leaves no room for a completion, or a cut leaves both the same.
@@ -75,8 +84,22 @@ class PairStream:
             for pair in render_pairs(self._pairs, self._tokenizer)
             if _bytes(pair) + _SPECIAL > self._max_tokens
         ]
+        cut = 0
         for start in range(0, len(suspects), self._window):
-            self._tokens(suspects[start : start + self._window])
+            tokens = self._tokens(suspects[start : start + self._window])
+            cut += sum(pair.cut for pair in tokens)
+        if cut:
+            notice.warning(
+                "%d of %d pairs are longer than %d tokens: they are cut there, and read at the "
+                "last token that is left",
+                cut,
+                len(self._pairs),
+                self._max_tokens,
+            )
+        if appended_tokens(self._tokenizer):
+            notice.warning(
+                "the tokenizer appends a token to every text: activations are read at that one"
+            )
 
     @cached_property
     def sample(self) -> list[PairTokens]:
@@ -84,8 +107,10 @@ class PairStream:
         return self._tokens(self._pairs[:_SAMPLE])
 
     def digest(self) -> str:
-        """`sha256:` digest of the pairs in their order, and of the tokens of `sample`."""
+        """`sha256:` digest of the pairs in their order, the vocabulary and some tokens."""
         total = hashlib.sha256()
+        for token, number in sorted(self._tokenizer.get_vocab().items()):
+            total.update(f"{number} {token}\0".encode("utf-8", "surrogatepass"))
         for pair in self._pairs:
             total.update(hashlib.sha256(pair.content.encode()).digest())
         for tokens in self.sample:

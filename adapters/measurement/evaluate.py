@@ -64,7 +64,7 @@ def margins(model: PreTrainedModel, batch: PairBatch) -> Float[Tensor, " P"]:
     targets = torch.cat([good.target, bad.target])
     picked = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     signed = torch.cat([picked[: len(good.row)], -picked[len(good.row) :]])
-    total = torch.zeros(len(batch), device=picked.device)
+    total = torch.zeros(len(batch), dtype=picked.dtype, device=picked.device)
     return total.index_add(0, torch.cat([good.pair, bad.pair]), signed)
 
 

@@ -118,6 +118,16 @@ def continuation_surprise(
     return np.asarray(surprise.double().cpu())
 
 
+def check_has_text(text: TokenText) -> None:
+    """Refuse text in which no token can be predicted from another.
+
+    Raises:
+        FitError: no text has a second token.
+    """
+    if not text.valid[:, 1:].any():
+        raise FitError("neutral text: expected a text of two tokens or more, found none")
+
+
 @torch.no_grad()
 def text_perplexity(
     model: PreTrainedModel, text: TokenText, steered: Steered = nullcontext, batch_size: int = 8
@@ -127,8 +137,7 @@ def text_perplexity(
     Raises:
         FitError: no text has a second token, which the first could predict.
     """
-    if not text.valid[:, 1:].any():
-        raise FitError("neutral text: expected a text of two tokens or more, found none")
+    check_has_text(text)
     total, count = 0.0, 0
     for start in range(0, len(text), batch_size):
         part = text.rows(slice(start, start + batch_size))

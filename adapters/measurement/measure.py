@@ -14,7 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters._errors import FitError
 from austeer.adapters.measurement.evaluate import KLMeter, PairSet, Steered, batch_pairs
-from austeer.adapters.measurement.fluency import CONTINUATION, FluencyProbe, text_perplexity
+from austeer.adapters.measurement.fluency import (
+    CONTINUATION,
+    FluencyProbe,
+    check_has_text,
+    text_perplexity,
+)
 from austeer.adapters.measurement.intervals import Measured, grouped_interval
 from austeer.adapters.measurement.neutral import (
     TokenText,
@@ -24,7 +29,12 @@ from austeer.adapters.measurement.neutral import (
     start_token,
 )
 from austeer.adapters.pairs import ContrastivePair, group_keys, split_pairs
-from austeer.adapters.tokens import PairTokens, token_limit, tokenize_pairs
+from austeer.adapters.tokens import (
+    PairTokens,
+    check_vocabulary,
+    token_limit,
+    tokenize_pairs,
+)
 
 _FLUENCY_PROMPTS = 64
 _QUICK_SAMPLES = 64
@@ -48,11 +58,18 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Pairs by purpose: to fit, to choose, to report."""
+    """Pairs by purpose: to fit, to choose, to report; `apart` are test pairs from elsewhere."""
 
     fit: list[ContrastivePair]
     validation: list[ContrastivePair]
     test: list[ContrastivePair]
+    apart: bool = False
+
+    def whole(self, part: Sequence[ContrastivePair]) -> list[ContrastivePair]:
+        """All pairs of the set that a split was taken from."""
+        if self.apart and part is self.test:
+            return self.test
+        return [*self.fit, *self.validation, *(() if self.apart else self.test)]
 
 
 def make_splits(
@@ -64,19 +81,27 @@ def make_splits(
 
     Raises:
         PairsError: too few pairs to give every split one.
-        FitError: a test pair also stands among the pairs.
+        FitError: no test pair, or one whose texts also stand among the pairs.
     """
     if test_pairs is None:
         fit, validation, test = split_pairs(pairs, (0.6, 0.2, 0.2), seed)
         return Splits(fit, validation, test)
-    known = {pair.content for pair in pairs}
+    if not test_pairs:
+        raise FitError("test pairs: expected at least one, got none")
+    known = set(map(_texts, pairs))
     for pair in test_pairs:
-        if pair.content in known:
+        if _texts(pair) in known:
             raise FitError(
-                f"{pair.where}: this test pair is also a training pair; remove it from one file"
+                f"{pair.place}: this test pair is also a training pair; remove it from one file"
             )
     fit, validation = split_pairs(pairs, (0.75, 0.25), seed)
-    return Splits(fit, validation, list(test_pairs))
+    return Splits(fit, validation, list(test_pairs), apart=True)
+
+
+def _texts(pair: ContrastivePair) -> tuple[str, ...]:
+    """Both texts, wherever the prompt ends in them and whatever space is between words."""
+    before = pair.prompt or (str(pair.context) if pair.messages else "")
+    return tuple(" ".join((before + one).split()) for one in (pair.positive, pair.negative))
 
 
 class Share:
@@ -90,6 +115,7 @@ class Share:
         sequences: texts in the neutral sample.
         length: tokens of each.
         batch_size: pairs or texts per forward pass.
+        whole: all pairs of which these are some, None where these are all.
     """
 
     def __init__(
@@ -102,8 +128,10 @@ class Share:
         sequences: int,
         length: int,
         batch_size: int,
+        whole: Sequence[ContrastivePair] | None = None,
     ) -> None:
         self.pairs = list(pairs)
+        self._groups = group_keys(self.pairs, whole)
         self._model, self._tokenizer = model, tokenizer
         self._seed, self._batch_size = seed, batch_size
         self._sequences, self._length = sequences, length
@@ -112,7 +140,10 @@ class Share:
     def tokens(self) -> list[PairTokens]:
         """The pairs, tokenized."""
         tokens = tokenize_pairs(self.pairs, self._tokenizer, token_limit(self._model))
-        return self._started(tokens)
+        tokens = self._started(tokens)
+        for pair in tokens:
+            check_vocabulary(self._model, pair.where, pair.path())
+        return tokens
 
     @cached_property
     def pair_set(self) -> PairSet:
@@ -190,12 +221,12 @@ class Share:
 
     def figures(self, steered: Steered) -> dict[str, Any]:
         """Every figure of `report.json` for this split, with `*_ci95`."""
-        base, groups = self.base_margins, group_keys(self.pairs)
+        base = self.base_margins
         with steered():
             values = self.pair_set.margins(self._model)
 
         def mean(found: Float[np.ndarray, " n"]) -> Measured:
-            return grouped_interval(found, groups, self._seed)
+            return grouped_interval(found, self._groups, self._seed)
 
         measured = {
             "accuracy": mean((values > 0).astype(np.float64)),
@@ -206,14 +237,18 @@ class Share:
             "kl": self.meter.measure(steered, self._seed),
             "fluency": self.probe.measure(steered),
         }
-        return {"pairs": len(self.pairs)} | as_report(measured)
+        # Intervals are those over prompts: of few they say little.
+        counts = {"pairs": len(self.pairs), "prompts": len(set(self._groups))}
+        return counts | as_report(measured)
 
     @cached_property
     def prompts(self) -> TokenText:
         """Prompts of the pairs, for continuations."""
         chosen = list(dict.fromkeys(pair.prompt for pair in self.pairs))[:_FLUENCY_PROMPTS]
         room = token_limit(self._model) - CONTINUATION
-        return encode_prompts(chosen, self._tokenizer, max(room, 1))
+        found = encode_prompts(chosen, self._tokenizer, max(room, 1))
+        check_vocabulary(self._model, "prompts", found.input_ids[found.valid].tolist())
+        return found
 
 
 def as_report(measured: dict[str, Measured]) -> dict[str, Any]:
@@ -223,6 +258,23 @@ def as_report(measured: dict[str, Measured]) -> dict[str, Any]:
         found[name] = figure.value
         found[f"{name}_ci95"] = [figure.low, figure.high]
     return found
+
+
+def check_neutral_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> None:
+    """Refuse what `neutral_perplexity` could not measure, before a fit that it would cost.
+
+    Raises:
+        FitError: one text instead of a list, a text that is none, or no text of two tokens.
+        ModelError: a token that the model does not know.
+    """
+    listed = not isinstance(texts, str) and all(isinstance(text, str) for text in texts)
+    if not listed or not texts:
+        raise FitError("neutral text: expected a list of texts, at least one")
+    encoded = encode_texts(texts, tokenizer, token_limit(model))
+    check_has_text(encoded)
+    check_vocabulary(model, "neutral text", encoded.input_ids[encoded.valid].tolist())
 
 
 def neutral_perplexity(

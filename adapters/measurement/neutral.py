@@ -11,6 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters.architectures import text_config
+from austeer.adapters.tokens import appended_tokens, check_vocabulary
+
+# Share of the tokens asked for below which a sample says too little of what steering does.
+_ENOUGH = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +48,8 @@ def sample_neutral(
     """Sample text from the model itself at temperature 1, from its start token.
 
     A model without a start token begins with its end token (as GPT-2 does), else with a
-    token drawn uniformly. Sequences end at the end token.
+    token drawn uniformly. Sequences end at the end token; where that leaves less than half of
+    the tokens asked for, as of a chat model that has nothing to answer, none is drawn.
 
     Args:
         model: the base model.
@@ -52,15 +57,30 @@ def sample_neutral(
         sequences: number of texts.
         length: tokens of each at most, the first included.
         seed: of the noise; equal seeds give equal text.
+
+    Raises:
+        ModelError: the model does not know the start token.
     """
     start = start_token(tokenizer)
     if start is None:
         noise = torch.Generator().manual_seed(seed)
-        first = torch.randint(text_config(model).vocab_size, (sequences, 1), generator=noise)
+        size = (sequences, 1)
+        vocabulary = text_config(model).vocab_size
+        first = torch.randint(vocabulary, size, generator=noise, device="cpu")
     else:
-        first = torch.full((sequences, 1), int(start))
+        check_vocabulary(model, "start token", [start])
+        first = torch.full((sequences, 1), int(start), device="cpu")
+    text = _continued(model, first, length - 1, seed, ends=True)
+    if int(text.valid.sum()) < _ENOUGH * sequences * length:
+        text = _continued(model, first, length - 1, seed, ends=False)
+    return text
+
+
+def _continued(
+    model: PreTrainedModel, first: Int[Tensor, "n 1"], steps: int, seed: int, *, ends: bool
+) -> TokenText:
     prompt = TokenText(first, torch.ones_like(first, dtype=torch.bool))
-    generated = continue_texts(model, prompt, steps=length - 1, seed=seed)
+    generated = continue_texts(model, prompt, steps=steps, seed=seed, ends=ends)
     # What follows an end token means nothing, so nothing is predicted from it.
     inside = generated.valid & ~torch.isin(generated.input_ids, end_tokens(model))
     return TokenText(
@@ -79,10 +99,18 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def encode_prompts(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> TokenText:
-    """Tokenize prompts, left-padded, the last `limit` tokens of each."""
-    start = start_token(tokenizer)
-    encoded = [tokenizer(prompt)["input_ids"][-limit:] for prompt in prompts]
-    return _padded([ids or [start or 0] for ids in encoded], left=True)
+    """Tokenize prompts, left-padded, the last `limit` tokens of each.
+
+    What the tokenizer appends to a text is left out: nothing goes on behind an end token.
+    """
+    start, appended = start_token(tokenizer), appended_tokens(tokenizer)
+    encoded = []
+    for prompt in prompts:
+        ids = list(tokenizer(prompt)["input_ids"])
+        if appended and tuple(ids[-len(appended) :]) == appended:
+            del ids[-len(appended) :]
+        encoded.append(ids[-limit:] or [start or 0])
+    return _padded(encoded, left=True)
 
 
 def encode_texts(
@@ -100,20 +128,25 @@ def continue_texts(
     steps: int,
     seed: int,
     temperature: float = 1.0,
+    ends: bool = True,
 ) -> TokenText:
     """Sample `steps` tokens after each left-padded prompt, with a KV cache.
 
     The noise depends on `seed` alone, not on the model, so that base and steered samples
-    are paired. Temperature 0 is greedy.
+    are paired. Temperature 0 is greedy. Without `ends` no end token is drawn.
 
     Returns:
         The continuations only; `valid` ends after the first end token.
     """
     device = model.device
     uniform = torch.rand(
-        len(prompt), steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        len(prompt),
+        steps,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+        device="cpu",
     )
-    ends = end_tokens(model)
+    last = end_tokens(model)
     ids, mask = prompt.input_ids.to(device), prompt.valid.to(device).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     alive = torch.ones(len(prompt), dtype=torch.bool, device=device)
@@ -128,10 +161,13 @@ def continue_texts(
             logits_to_keep=1,
         )
         cache = output.past_key_values
-        chosen = _draw(output.logits[:, -1], uniform[:, step], temperature).to(device)
+        logits = output.logits[:, -1]
+        if not ends:
+            logits[:, last[last < logits.shape[-1]].to(logits.device)] = -torch.inf
+        chosen = _draw(logits, uniform[:, step], temperature).to(device)
         tokens.append(chosen)
         valid.append(alive)
-        alive = alive & ~torch.isin(chosen, ends)
+        alive = alive & ~torch.isin(chosen, last)
         if not alive.any():
             break
         ids, positions = chosen[:, None], positions[:, -1:] + 1

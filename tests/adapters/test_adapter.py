@@ -464,3 +464,22 @@ def test_a_write_through_data_is_noticed(tiny_model: Any) -> None:
     model.transformer.h[0].mlp.c_proj.bias.data.mul_(3.0)
     with pytest.raises(AdapterError, match="another base model"), made.attached(model):
         pass
+
+
+def test_a_scaled_adapter_does_not_claim_the_fits_figures(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    site = make(tiny_model("llama")).sites[0]
+    fit = {"test": {"kl": 0.05}, "validation": {"kl": 0.04}, "seed": 3}
+    model = tiny_model("llama")
+    whole = SteeringAdapter.from_sites(model, [site], Strength.ORIENTED, 2.0, fit)
+    assert whole.scaled(1.0).config == whole.config
+    half = SteeringAdapter.from_pretrained(whole.scaled(0.5).save_pretrained(tmp_path / "half"))
+    assert half.config.fit == {"seed": 3, "scaled_by": 0.5} and half.config.alpha == 1.0
+    assert np.array_equal(half.sites[0].gamma, site.gamma / 2)
+    assert "0.05" not in (tmp_path / "half" / "README.md").read_text()
+
+
+def test_a_revision_of_a_local_folder_is_refused(saved: Path) -> None:
+    with pytest.raises(AdapterError, match="revision 'v1' is one of the Hub"):
+        SteeringAdapter.from_pretrained(saved, revision="v1")

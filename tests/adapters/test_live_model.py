@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from austeer.adapters import (
     AdapterError,
+    ContrastivePair,
     ModelError,
     PairsError,
     SteeringAdapter,
@@ -122,3 +126,26 @@ def test_the_name_of_a_model_is_no_model(tiny_model: TinyModel, no_model: Any) -
 def test_pairs_are_no_file_name(tiny_model: TinyModel, work: Any, pairs: Any) -> None:
     with pytest.raises(PairsError, match=r"read_pairs\(file\) gives them"):
         work(tiny_model("llama"), None, pairs)
+
+
+def test_a_copy_made_while_steered_is_no_base(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    with some_adapter(model).attached(model):
+        steered = copy.deepcopy(model)
+    check_bare(model, "fit")
+    with pytest.raises(ModelError, match="adapter is attached"):
+        check_bare(steered, "fit")
+
+
+def test_autocast_changes_no_score(tiny_model: TinyModel, tiny_tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    pairs = [ContrastivePair(f"{name} was", " happy", " sad") for name in ("Tom", "Mia", "it")]
+    wanted = localize(model, tiny_tokenizer, pairs, "ffn").counts("ffn")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = localize(model, tiny_tokenizer, pairs, "ffn").counts("ffn")
+    for mine, theirs in zip(vars_of(found), vars_of(wanted), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def vars_of(counts: Any) -> list[Any]:
+    return [getattr(counts, item.name) for item in dataclasses.fields(counts)]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from requirements import need
 
 from austeer.adapters import ContrastivePair, PairsError, read_pairs, split_pairs
-from austeer.adapters.pairs import iter_pairs, pairs_digest, render_pairs
+from austeer.adapters.pairs import check_pairs, iter_pairs, pairs_digest, render_pairs
 
 GOOD = {"prompt": "Tom felt", "positive": " happy", "negative": " sad"}
 TURNS = [{"role": "user", "content": "Tom felt"}]
@@ -589,3 +589,19 @@ def test_digest_depends_on_content_alone() -> None:
     assert pairs_digest([ContrastivePair("a", "b", "c")]) != pairs_digest(
         [ContrastivePair("ab", "", "c")]
     )
+
+
+def test_one_prompt_in_most_pairs_loosens_no_other() -> None:
+    pairs = [make(number, "always") for number in range(20)]
+    pairs += [make(100 + number, f"group {number % 3}") for number in range(12)]
+    splits = split_pairs(pairs, (0.6, 0.2, 0.2))
+    prompts = [{pair.prompt for pair in split} for split in splits]
+    assert sum("always" in found for found in prompts) > 1
+    for number in range(3):
+        assert sum(f"group {number}" in found for found in prompts) == 1
+
+
+@pytest.mark.parametrize("bad", [None, 3, "half \ud800"])
+def test_pairs_made_by_hand_are_whole_texts(bad: Any) -> None:
+    with pytest.raises(PairsError, match="pair 2: expected three texts of whole characters"):
+        check_pairs([make(1), ContrastivePair(bad, "a", "b")])

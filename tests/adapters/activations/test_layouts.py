@@ -305,3 +305,16 @@ def test_rows_of_each_layout(tiny_model: TinyModel) -> None:
         "tree": (5, max(sizes)),
         "plain": (10, longest),
     }
+
+
+def test_a_window_that_only_later_pairs_exceed(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Qwen2-MoE has its window in the mask alone, which packing does without."""
+    changes = {"use_sliding_window": True, "max_window_layers": 1}
+    model = tiny_model("qwen2_moe", sliding_window=16, **changes)
+    short = some_tokens([(4, 1, 2), (6, 2, 1)])
+    assert choose_layout(model, short) == "plain"
+    assert "pairs are not packed" in caplog.text
+    honoured = windowed(tiny_model, "qwen3")
+    assert choose_layout(honoured, short) == "packed"

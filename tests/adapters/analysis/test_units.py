@@ -13,6 +13,7 @@ from austeer.adapters import (
     AdapterError,
     Component,
     FitError,
+    ModelError,
     Predictor,
     Site,
     SteeredSite,
@@ -177,7 +178,39 @@ def test_more_units_than_there_are(model: Any, tiny_tokenizer: Any) -> None:
 
 def test_bad_input(model: Any, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     adapter = adaptive(model)
-    with pytest.raises(FitError, match="units: expected at least 1, got 0"):
+    with pytest.raises(FitError, match="units: expected a whole number from 1 on, got 0"):
         analyze_units(adapter, model, tiny_tokenizer, units=0)
+    with pytest.raises(FitError, match="length: expected a whole number from 2 on, got 1"):
+        analyze_units(adapter, model, tiny_tokenizer, length=1)
     with pytest.raises(AdapterError, match="another base model"):
         analyze_units(adapter, tiny_model("llama", seed=1), tiny_tokenizer)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama4_text"])
+def test_models_that_flatten_rows_and_positions(
+    model_type: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    model = tiny_model(model_type)
+    adapter = SteeringAdapter.from_units(model, "ffn", [0, 1], [1, 2], [0.5, -0.5])
+    text = sample_neutral(model, tiny_tokenizer, sequences=6, length=9, seed=1)
+    found = mean_activations(model, adapter.sites, text)
+    for number, steered in enumerate(adapter.sites):
+        seen: list[torch.Tensor] = []
+        name = "model.decoder.layers" if model_type == "opt" else "model.layers"
+        layer = model.get_submodule(f"{name}.{steered.site.layer}")
+        module = layer.fc2 if model_type == "opt" else layer.feed_forward
+        handle = module.register_forward_hook(
+            lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)  # noqa: B023
+        )
+        with torch.no_grad():
+            model(text.input_ids, attention_mask=text.valid.long())
+        handle.remove()
+        values = seen[0].reshape(*text.valid.shape, -1)[text.valid][:, number + 1]
+        wanted = float(values.double().mean())
+        np.testing.assert_allclose(found[steered.site][0][0], wanted, atol=1e-6)
+
+
+def test_a_steered_model_is_no_base(model: Any, tiny_tokenizer: Any) -> None:
+    adapter = adaptive(model)
+    with adapter.attached(model), pytest.raises(ModelError, match="an adapter is attached"):
+        analyze_units(adapter, model, tiny_tokenizer)

@@ -15,6 +15,7 @@ from samples import random_site
 from austeer.adapters import (
     AdapterError,
     Component,
+    ModelError,
     Site,
     SteeredSite,
     SteeringAdapter,
@@ -211,3 +212,19 @@ def test_the_files_of_the_base_decide_where_they_are_given(
         combine(parts, read=module_reader(other))
     with pytest.raises(AdapterError, match="made for another base model"):
         combine(parts, model=model, read=module_reader(other))
+
+
+@pytest.mark.parametrize("what", ["one", "paths", "iterator", "text weight", "model name"])
+def test_what_is_no_list_of_adapters(what: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    one = adapter(model, {(0, "ffn"): [1, 2]})
+    calls: dict[str, Callable[[], Any]] = {
+        "one": lambda: combine(one),  # type: ignore[arg-type]
+        "paths": lambda: combine(["a", "b"]),  # type: ignore[list-item]
+        "iterator": lambda: combine(iter([one])),  # type: ignore[arg-type]
+        "text weight": lambda: combine([one], ["1"]),  # type: ignore[list-item]
+        "model name": lambda: combine([one], model="s260"),  # type: ignore[arg-type]
+    }
+    with pytest.raises((AdapterError, ModelError), match="expected a") as error:
+        calls[what]()
+    assert "\n" not in str(error.value)

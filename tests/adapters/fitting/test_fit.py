@@ -14,6 +14,7 @@ from austeer.adapters import (
     Component,
     ContrastivePair,
     FitError,
+    ModelError,
     NoEffectError,
     SteeringAdapter,
     Strength,
@@ -287,3 +288,56 @@ def test_the_papers_rule_does_not_help_on_the_real_model(shared: Path) -> None:
         )  # fmt: skip
     test = caught.value.report["test"]
     assert test["accuracy"] <= test["base_accuracy"] + 0.05
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "float64", "bfloat16"])
+def test_what_the_caller_has_set_changes_no_fit(how: str, demo: Demo) -> None:
+    options: dict[str, Any] = {"strength": Strength.ADAPTIVE, "steps": 6, "kl_budget": 0.5}
+    wanted, _ = demo.fit(**options)
+    before = torch.get_default_dtype()
+    try:
+        if how in ("no_grad", "inference_mode"):
+            with getattr(torch, how)():
+                found, _ = demo.fit(**options)
+        else:
+            torch.set_default_dtype(getattr(torch, how))
+            found, _ = demo.fit(**options)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.tensors().keys() == wanted.tensors().keys()
+    for name, tensor in wanted.tensors().items():
+        assert np.array_equal(found.tensors()[name], tensor), name
+
+
+def test_a_model_made_in_inference_mode_is_refused(tiny_model: Any, demo: Demo) -> None:
+    with torch.inference_mode():
+        model = tiny_model("llama", seed=99)
+    with pytest.raises(ModelError, match=r"made under torch\.inference_mode"):
+        fit_strength(model, demo.tokenizer, demo.splits.fit)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"test_pairs": []}, FitError, "test pairs: expected at least one"),
+        ({"neutral_text": "one text"}, FitError, "expected a list of texts"),
+        ({"neutral_text": [""]}, FitError, "two tokens or more"),
+        ({"ranking": "ranking.safetensors"}, FitError, r"Ranking\.load\(file\) gives one"),
+        ({"tokenizer": "stories"}, ModelError, "expected a tokenizer of transformers, got str"),
+        ({"seed": 1.5}, FitError, "seed: expected a whole number from 0 on, got 1.5"),
+        ({"seed": -1}, FitError, "seed: expected a whole number from 0 on, got -1"),
+        ({"steps": 10.0}, FitError, "steps: expected a whole number from 1 on"),
+        ({"components": "mlp"}, FitError, "component mlp: the ranking has ffn"),
+    ],
+)
+def test_bad_input_costs_no_fit(
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    demo: Demo,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Fitter, "run", lambda *_: pytest.fail("too late"))
+    given = {"tokenizer": demo.tokenizer, "ranking": demo.ranking} | options
+    with pytest.raises(error, match=message):
+        fit_strength(demo.model, pairs=demo.splits.fit, **given)

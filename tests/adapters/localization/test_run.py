@@ -334,3 +334,17 @@ def test_neuron_of_a_mixture_is_refused_before_anything_runs(
     model.model.forward = None
     with pytest.raises(SiteError, match=r"mixture of experts.*steer ffn"):
         localize(model, tiny_tokenizer, pairs_of(rows(3)), "neuron")
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.self_attn.q_proj"])
+def test_a_state_of_other_weights_is_refused(
+    name: str, tiny_model: TinyModel, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The fingerprint covers what is steered; everything below it counts here, too."""
+    model, pairs = tiny_model("llama"), pairs_of(rows(6))
+    options: dict[str, Any] = {"components": ["ffn"], "state": tmp_path / "state"}
+    localize(model, tiny_tokenizer, pairs, state_every=0.0, **options)
+    with torch.no_grad():
+        model.model.get_submodule(name).weight.mul_(1.5)
+    with pytest.raises(FitError, match="made with other model"):
+        localize(model, tiny_tokenizer, pairs, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -93,3 +94,22 @@ def test_a_long_pair_is_refused_before_anything_runs(tiny_tokenizer: Any) -> Non
     with pytest.raises(PairsError, match=r"f:9: .* cannot tell them apart"):
         PairStream([*pairs(), cut], tiny_tokenizer, 64, 8).check_lengths()
     stream(tiny_tokenizer).check_lengths()
+
+
+def test_cut_completions_are_counted(
+    tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = ContrastivePair("one day", " happy" * 40, " sad")
+    found = PairStream([*pairs(5), long], tiny_tokenizer, 24)
+    found.check_lengths()
+    assert "1 of 6 pairs are longer than 24 tokens" in caplog.text
+    caplog.clear()
+    PairStream([*pairs(5), long], tiny_tokenizer, 64).check_lengths()
+    assert not caplog.records
+
+
+def test_digest_knows_the_whole_vocabulary(tiny_tokenizer: Any) -> None:
+    """Tokens that come after the sampled pairs may be split otherwise."""
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["<late>"])
+    assert stream(other).digest() != stream(tiny_tokenizer).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -10,8 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from austeer.adapters import ContrastivePair, FitError
-from austeer.adapters.measurement.measure import Share, make_splits, neutral_perplexity
+from austeer.adapters import ContrastivePair, FitError, ModelError
+from austeer.adapters.measurement.measure import (
+    Share,
+    check_neutral_text,
+    make_splits,
+    neutral_perplexity,
+)
 
 NAMES = ("Tom", "Mia", "the park", "the sun", "one day", "home", "it", "rain", "so", "then")
 PAIRS = [
@@ -57,8 +63,6 @@ def test_pairs_without_a_common_token_are_scored_from_the_start_token(
     tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     """GPT-2's tokenizer puts no token in front: the first token decides, so it must count."""
-    import copy
-
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -87,7 +91,8 @@ def test_figures_of_the_unsteered_model_are_the_base(
     assert figures["kl"] == pytest.approx(0.0, abs=1e-9)
     assert figures["fluency"] == 1.0
     assert figures["pairs"] == len(PAIRS)
-    names = {name for name in figures if not name.endswith("_ci95")} - {"pairs"}
+    assert figures["prompts"] == len(PAIRS)
+    names = {name for name in figures if not name.endswith("_ci95")} - {"pairs", "prompts"}
     assert all(f"{name}_ci95" in figures for name in names)
 
 
@@ -143,3 +148,79 @@ def test_pairs_of_one_prompt_still_have_an_interval(
     figures = share.figures(torch.no_grad)
     low, high = figures["margin_ci95"]
     assert high - low > 0.1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ContrastivePair("rain", " was happy", " was sad"),
+        ContrastivePair("rain was ", "happy ", "sad"),
+        ContrastivePair("rain\nwas", " happy", " sad"),
+    ],
+)
+def test_the_same_texts_cut_elsewhere_are_the_same_pair(other: ContrastivePair) -> None:
+    with pytest.raises(FitError, match=r"positive .*happy.*: this test pair is also"):
+        make_splits(PAIRS, [other])
+
+
+def test_no_test_pairs_are_refused() -> None:
+    with pytest.raises(FitError, match="test pairs: expected at least one"):
+        make_splits(PAIRS, [])
+
+
+def test_what_is_independent_is_decided_on_the_whole_set(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    """The one prompt of a split is not a prompt that says nothing: it is one observation."""
+    endings = (" happy", " so happy", " happy and happy", " happy !", " and happy")
+    pairs = [
+        ContrastivePair(f"{name} was", ending, " sad", where=f"{name}{ending}")
+        for name in NAMES[:3]
+        for ending in endings
+    ]
+    splits = make_splits(pairs)
+    assert len({pair.prompt for pair in splits.test}) == 1
+    sizes: dict[str, int] = {"seed": 0, "sequences": 4, "length": 8, "batch_size": 4}
+    model = tiny_model("llama")
+    one, each = (
+        Share(model, tiny_tokenizer, splits.test, whole=whole, **sizes).figures(nullcontext)
+        for whole in (splits.whole(splits.test), splits.test)
+    )
+    assert one["pairs"] == each["pairs"] == len(splits.test)
+    assert (one["prompts"], each["prompts"]) == (1, len(splits.test))
+    assert one["margin_ci95"] == [one["margin"]] * 2 and each["margin_ci95"][0] < one["margin"]
+
+
+def test_test_pairs_from_elsewhere_are_a_set_of_their_own() -> None:
+    splits = make_splits(PAIRS[:8], PAIRS[8:])
+    assert splits.whole(splits.test) == splits.test
+    assert len(splits.whole(splits.fit)) == len(splits.whole(splits.validation)) == 8
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("one text", "expected a list of texts"),
+        ([None], "expected a list of texts"),
+        ([], "at least one"),
+        ([""], "two tokens or more"),
+    ],
+)
+def test_neutral_text_is_checked_beforehand(
+    texts: Any, message: str, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    with pytest.raises(FitError, match=message):
+        check_neutral_text(tiny_model("llama"), tiny_tokenizer, texts)
+
+
+def test_a_token_of_a_pair_that_the_model_does_not_know(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(40)])
+    pairs = [*PAIRS, ContrastivePair("it was", " <extra39>", " sad", where="p:99")]
+    found = Share(
+        tiny_model("llama"), tokenizer, pairs, seed=0, sequences=4, length=8, batch_size=4
+    )
+    with pytest.raises(ModelError, match="p:99: the tokenizer gives id"):
+        found.figures(nullcontext)

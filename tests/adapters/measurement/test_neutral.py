@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from austeer.adapters import ModelError
 from austeer.adapters.measurement.neutral import (
     TokenText,
     continue_texts,
@@ -15,6 +18,7 @@ from austeer.adapters.measurement.neutral import (
     encode_texts,
     sample_neutral,
 )
+from austeer.adapters.tokens import appended_tokens
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
@@ -72,8 +76,6 @@ def test_draws_follow_the_models_distribution(tiny_model: Any, tiny_tokenizer: A
 def test_a_model_without_start_token_starts_from_its_end_token(
     tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.bos_token = None
     text = sample_neutral(tiny_model("gpt2"), tokenizer, sequences=2, length=5)
@@ -90,3 +92,54 @@ def test_encoding_pads_on_the_named_side_and_cuts(tiny_tokenizer: Any) -> None:
     assert right.valid.tolist() == [[True] * 3, [True, True, False]]
     assert right.input_ids[0].tolist() == tiny_tokenizer("one day")["input_ids"]
     assert isinstance(left, TokenText)
+
+
+def leaning(model: Any, token: int, amount: float) -> Any:
+    """The model, made to give `token` after its first one."""
+    states: list[torch.Tensor] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    with torch.no_grad():
+        model(torch.tensor([[1]]))
+        handle.remove()
+        direction = states[0][0, 0]
+        model.lm_head.weight[token] = amount * direction / direction.norm()
+    return model
+
+
+def test_a_model_that_ends_at_once_gives_whole_texts(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    """Else the KL of every steering is that of one token, and no budget means anything."""
+    model = leaning(tiny_model("llama"), tiny_tokenizer.eos_token_id, 20.0)
+    first = continue_texts(model, encode_prompts([""], tiny_tokenizer, 8), steps=1, seed=0)
+    assert first.input_ids.item() == model.generation_config.eos_token_id
+    text = sample_neutral(model, tiny_tokenizer, sequences=8, length=12, seed=0)
+    assert text.valid.all()
+    assert not (text.input_ids[:, 1:] == model.generation_config.eos_token_id).any()
+    assert len({tuple(row) for row in text.input_ids.tolist()}) > 1
+
+
+def test_a_start_token_that_the_model_does_not_know(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<new>"})
+    while tokenizer.bos_token_id < 40:
+        tokenizer.add_tokens([f"<filler {len(tokenizer)}>"])
+        tokenizer.add_special_tokens({"bos_token": f"<new {len(tokenizer)}>"})
+    with pytest.raises(ModelError, match="start token: the tokenizer gives id"):
+        sample_neutral(tiny_model("llama"), tokenizer, sequences=2, length=5)
+
+
+def test_nothing_goes_on_behind_an_appended_end_token(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start), ("</s>", end)]
+    )
+    assert appended_tokens(tokenizer) == (end,) and appended_tokens(tiny_tokenizer) == ()
+    text = "one day Tom felt"
+    assert tokenizer(text)["input_ids"][-1] == end
+    plain, found = (encode_prompts([text, ""], t, 8) for t in (tiny_tokenizer, tokenizer))
+    assert found.input_ids[found.valid][-1] != end
+    assert torch.equal(plain.input_ids[0], found.input_ids[0])
