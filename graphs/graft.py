@@ -211,7 +211,8 @@ def _check_names(graph: ir.Graph, plan: GraftPlan) -> None:
 
 
 def _onnx_opset(model: ir.Model) -> int:
-    return model.opset_imports.get("", 0)
+    imports = model.opset_imports
+    return imports.get("", imports.get("ai.onnx", 0))
 
 
 def _scale_value(graph: ir.Graph, plan: GraftPlan) -> ir.Value:

@@ -19,21 +19,26 @@ SINGLE_FILE_LIMIT = 1_500_000_000
 _RUNTIME_OPERATORS = ("SimplifiedLayerNormalization", "LayerNormalization")
 """What onnxruntime's fused graphs hold in the default domain, at opsets that lack it."""
 
+_SOURCE = "austeer.source"
+"""Where a model in memory remembers the file that it was read from."""
+
 
 def load_model(path: Path) -> ir.Model:
     """Read a model; external data stays on disk and is mapped when needed.
 
     Raises:
-        GraphError: missing, not ONNX, truncated, or its external data is missing, truncated
-            or outside the model's folder.
+        GraphError: missing, not ONNX, truncated, with sparse weights, or its external data is
+            missing, truncated or outside the model's folder.
     """
     proto = _read_proto(path)
+    _check_dense(path, proto)
     try:
         model = ir.from_proto(proto)
     except Exception as error:
         # The IR raises many kinds of errors for many kinds of nonsense.
         raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from error
     _check_text(path, model.graph)
+    model.meta[_SOURCE] = path
     ir.external_data.set_base_dir(model.graph, path.parent)
     for tensor in external_tensors(model):
         _check_external(path, tensor)
@@ -48,7 +53,7 @@ def save_model(model: ir.Model, path: Path, *, limit: int = SINGLE_FILE_LIMIT) -
 
     Raises:
         OutputError: `path` or its data file exists, or the filesystem refuses.
-        GraphError: the written model is not valid ONNX.
+        GraphError: the written model, or the one that it was read from, is not valid ONNX.
     """
     data = path.with_name(f"{path.name}.data")
     split = _needs_data_file(model, path, limit)
@@ -57,10 +62,10 @@ def save_model(model: ir.Model, path: Path, *, limit: int = SINGLE_FILE_LIMIT) -
             raise OutputError(f"{taken}: exists already; remove it or choose another name")
     try:
         with publish_file(path) as work:
-            if not split:
-                _embed_foreign(model, path)
+            # The IR moves initializers into a data file, and no constants.
+            _embed_foreign(model, path, initializers=not split)
             ir.save(model, work, format="protobuf", external_data=data.name if split else None)
-            _check(work, path)
+            _check(work, path, model.meta.get(_SOURCE))
     except BaseException:
         if split:
             data.unlink(missing_ok=True)
@@ -68,11 +73,31 @@ def save_model(model: ir.Model, path: Path, *, limit: int = SINGLE_FILE_LIMIT) -
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """The initializers, also of branches, that are stored outside the model file."""
+    """The weights, also of branches and of constant nodes, stored outside the model file."""
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            yield tensor
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for value in _initializers(model):
+        if value.const_value is not None:
+            yield value.const_value
+    for _, attribute in _constants(model):
+        yield attribute.as_tensor()
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
     for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
+        yield from graph.initializers.values()
+
+
+def _constants(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
+    """The nodes with a tensor as attribute."""
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                yield node, attribute
 
 
 def tensor_values(tensor: ir.TensorProtocol) -> np.ndarray[Any, np.dtype[Any]]:
@@ -113,6 +138,16 @@ def _read_proto(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def _check_dense(path: Path, proto: onnx.ModelProto) -> None:
+    for graph in (proto.graph, *_branches(proto.graph)):
+        # The IR drops them without a word.
+        for tensor in graph.sparse_initializer:
+            raise GraphError(
+                f"{path}: tensor {tensor.values.name} is a sparse initializer, which is not "
+                "supported; store it dense"
+            )
+
+
 def _check_text(path: Path, graph: ir.Graph) -> None:
     """Refuse names that are not UTF-8: what reads such a file cannot write one."""
     named: list[Any] = [*graph.inputs, *graph.initializers.values()]
@@ -148,21 +183,23 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
 
 
 def _needs_data_file(model: ir.Model, path: Path, limit: int) -> bool:
-    inside = 0
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and not _is_beside(tensor, path):
-            inside += tensor.nbytes
-    return inside > limit
+    return sum(t.nbytes for t in _tensors(model) if not _is_beside(t, path)) > limit
 
 
-def _embed_foreign(model: ir.Model, path: Path) -> None:
-    for value in model.graph.initializers.values():
+def _embed_foreign(model: ir.Model, path: Path, *, initializers: bool) -> None:
+    """Read what would be missed in the folder of `path` into memory, constants anyhow."""
+    for value in _initializers(model) if initializers else ():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and not _is_beside(tensor, path):
-            value.const_value = ir.Tensor(
-                tensor_values(tensor), dtype=tensor.dtype, name=tensor.name
-            )
+            value.const_value = _embedded(tensor)
+    for node, attribute in list(_constants(model)):
+        tensor = attribute.as_tensor()
+        if isinstance(tensor, ir.ExternalTensor) and not _is_beside(tensor, path):
+            node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _embedded(tensor))
+
+
+def _embedded(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    return ir.Tensor(tensor_values(tensor), dtype=tensor.dtype, name=tensor.name)
 
 
 def _is_beside(tensor: ir.TensorProtocol, path: Path) -> bool:
@@ -172,15 +209,26 @@ def _is_beside(tensor: ir.TensorProtocol, path: Path) -> bool:
     return Path(tensor.base_dir).resolve() == path.parent.resolve()
 
 
-def _check(work: Path, path: Path) -> None:
-    try:
-        onnx.checker.check_model(_without_data(onnx.load(work, load_external_data=False)))
-    except onnx.checker.ValidationError as error:
-        if any(f"No Op registered for {op} " in str(error) for op in _RUNTIME_OPERATORS):
-            return
+def _check(work: Path, path: Path, source: Path | None) -> None:
+    reason = _checked(work)
+    if reason is None:
+        return
+    if source is not None and source.is_file() and (own := _checked(source)) is not None:
         raise GraphError(
-            f"{path}: the written model is not valid ONNX ({_first_line(error)})"
-        ) from error
+            f"{source}: not a valid ONNX model itself ({own}), and so nothing made of it would "
+            "be; export it again, or run onnx.shape_inference on it where a shape is missing"
+        )
+    raise GraphError(f"{path}: the written model is not valid ONNX ({reason})")
+
+
+def _checked(path: Path) -> str | None:
+    """What onnx's checker says against a model; None where it is valid."""
+    try:
+        onnx.checker.check_model(_without_data(onnx.load(path, load_external_data=False)))
+    except onnx.checker.ValidationError as error:
+        if not any(f"No Op registered for {op} " in str(error) for op in _RUNTIME_OPERATORS):
+            return _first_line(error)
+    return None
 
 
 def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -188,12 +236,15 @@ def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     The checker refuses data files that have several hard links, and data is checked already.
     """
-    for branch in _branches(proto.graph):
-        # A branch of an If node takes no inputs: a tensor of one element stands in there.
-        for tensor in branch.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                small = np.zeros((1,) * len(tensor.dims), np.float32)
-                tensor.CopyFrom(onnx.numpy_helper.from_array(small, tensor.name))
+    branches = list(_branches(proto.graph))
+    # Neither a branch of an If node nor a constant takes an input in its place.
+    inner = [tensor for branch in branches for tensor in branch.initializer]
+    for graph in (proto.graph, *branches):
+        inner += [attribute.t for node in graph.node for attribute in node.attribute]
+    for tensor in inner:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            small = np.zeros((1,) * len(tensor.dims), np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(small, tensor.name))
     kept = []
     for tensor in proto.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:

@@ -222,6 +222,12 @@ class OnnxCausalLM:
 
     def _cache_shape(self, past: Any) -> tuple[int, int]:
         """Heads and head size of one cache input."""
+        if past.type not in _ELEMENTS or len(past.shape) != 4:
+            raise GraphError(
+                f"{self._path}: {past.name} is {past.type} of shape {past.shape}, expected "
+                f"{', '.join(_ELEMENTS)} of [batch, heads, past, head size]; export the base "
+                "with a cache of that kind"
+            )
         heads, size = past.shape[1], past.shape[3]
         if isinstance(size, str):
             # The onnxruntime-genai builder leaves it open and writes it beside the graph.

@@ -131,6 +131,8 @@ def best_token(logits: np.ndarray) -> int:
 
 
 def _heads(path: Path, name: str, shape: Sequence[int | str | None]) -> tuple[int, int]:
+    if len(shape) != 4:
+        raise BadInput(f"{path}: {name} has shape {list(shape)}, expected four dimensions")
     heads, size = shape[1], shape[3]
     if not isinstance(size, int):
         # The onnxruntime-genai builder leaves it open and writes it beside the graph.

@@ -2,7 +2,8 @@
 
 Without a C++ compiler the package installs all the same: steered graphs then run by their
 function bodies. With `AUSTEER_OPS=require` a missing or failing build is an error, with
-`AUSTEER_OPS=skip` the library is left out, with `AUSTEER_CUDA=0` its CUDA kernels.
+`AUSTEER_OPS=skip` the library is left out, with `AUSTEER_CUDA=0` its CUDA kernels. Where those
+cannot be built, as by an nvcc too old for a listed architecture, the library does without them.
 """
 
 from __future__ import annotations
@@ -39,16 +40,27 @@ class BuildLibrary(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Let CMake build the one extension there is."""
-        try:
-            self._build(Path(self.get_ext_fullpath(ext.name)))
-        except subprocess.CalledProcessError as error:
-            self._skip(f"{error.cmd[0]} failed with {error.returncode}")
+        """Let CMake build the one extension there is, without CUDA where it fails with it."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        tries = ("OFF",) if os.environ.get("AUSTEER_CUDA") == "0" else ("ON", "OFF")
+        failures: list[str] = []
+        for cuda in tries:
+            try:
+                self._build(target, cuda)
+                break
+            except subprocess.CalledProcessError as error:
+                failures.append(f"{error.cmd[0]} failed with {error.returncode}")
+        if len(failures) == len(tries):
+            self._skip(failures[-1])
+        elif failures:
+            _say(
+                f"operator library built without CUDA kernels: with them, {failures[0]}; "
+                "AUSTEER_CUDA=0 leaves them out from the start"
+            )
 
-    def _build(self, target: Path) -> None:
+    def _build(self, target: Path, cuda: str) -> None:
         work = Path(self.build_temp).resolve() / "austeer_ops"
         work.mkdir(parents=True, exist_ok=True)
-        cuda = "OFF" if os.environ.get("AUSTEER_CUDA") == "0" else "ON"
         options = [f"-DCMAKE_CXX_COMPILER={self._compiler}", f"-DAUSTEER_CUDA={cuda}"]
         subprocess.run([self._cmake, "-S", HERE, "-B", work, *options], check=True)
         subprocess.run([self._cmake, "--build", work, "--config", "Release"], check=True)
@@ -61,11 +73,13 @@ class BuildLibrary(build_ext):
         self.extensions = []
         if os.environ.get("AUSTEER_OPS") == "require":
             raise SystemExit(f"austeer: operator library not built: {reason}")
-        print(
-            f"austeer: operator library not built: {reason}; steered graphs run by their "
-            "function bodies",
-            file=sys.stderr,
+        _say(
+            f"operator library not built: {reason}; steered graphs run by their function bodies"
         )
+
+
+def _say(text: str) -> None:
+    print(f"austeer: {text}", file=sys.stderr)
 
 
 def _cmake() -> str | None:

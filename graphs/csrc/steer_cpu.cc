@@ -2,10 +2,15 @@
 
 #include "steer.h"
 
-// One build for each instruction set, chosen when the library is loaded.
+// One build for each instruction set, chosen when the library is loaded. GCC before 12 does not
+// know the levels, and an arch= of its own asks for that model of processor and no other.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define AUSTEER_SIMD \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define AUSTEER_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define AUSTEER_SIMD
 #endif

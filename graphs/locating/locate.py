@@ -18,6 +18,7 @@ from austeer.adapters.sites import Component, Refusal, Site
 from austeer.graphs.locating.adopted import adopted_members, pathless_projections
 from austeer.graphs.locating.projections import (
     Projection,
+    element_type,
     is_projection,
     read_projection,
     stored_tensor,
@@ -32,9 +33,8 @@ BUILDER_NAMES = {
 }
 """Projections as the onnxruntime-genai builder calls them, for every architecture."""
 
-_ON_THE_WAY = frozenset(
-    {"Cast", "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}
-)
+_NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"})
+_ON_THE_WAY = _NORMS | {"Cast"}
 """What may lie between a projection and the residual sum that a skip norm computes."""
 
 
@@ -118,7 +118,10 @@ class SiteLocator:
             return module
         inside = dict.fromkeys(self._members[module])
         for node in self._nameless:
-            # What an exporter puts between two nodes, such as the halves of a projection.
+            # What an exporter puts between two nodes, such as the halves of a projection. The
+            # next norm has lost its name where an optimizer fused the residual sum into it.
+            if is_skip_norm(node) or node.op_type in _NORMS:
+                continue
             sources = [value.producer() for value in node.inputs if value is not None]
             if any(source in inside for source in sources):
                 inside[node] = None
@@ -237,8 +240,10 @@ class SiteLocator:
         projection = None if self._is_mixture(site) else self.projection(site)
         if isinstance(projection, Refusal):
             return projection
-        members = self._members[module]
-        leaving = _leaving(self._sums(module), set(members))
+        # The sum behind the attention leaves the layer, too, where a fused norm reads it.
+        behind = _behind(self._last_nodes(site, projection))
+        leaving = _leaving(self._sums(module), set(self._members[module]))
+        leaving = [value for value in leaving if value in behind]
         # What only a skip norm reads is a part of the sum that the norm computes.
         inner = [v for v in leaving if (node := _only_reader(v)) and is_skip_norm(node)]
         if projection is not None and len(leaving) == len(inner):
@@ -247,6 +252,13 @@ class SiteLocator:
             if hidden is not None:
                 return hidden
         return _only(site, module, leaving, "among the layer's own sums", projection)
+
+    def _last_nodes(self, site: Site, projection: Projection | None) -> list[ir.Node]:
+        """What the layer's own output comes behind: its last projection, or its mixture."""
+        if projection is not None:
+            return [projection.node]
+        block = self._module(site, [self._architecture.block(site.layer)])
+        return [] if isinstance(block, Refusal) else self._members[block]
 
     def _sums(self, layer: str) -> list[ir.Value]:
         """The sums that the layer itself computes, and those brought into another shape."""
@@ -279,13 +291,26 @@ def _hidden_sum(
             width = norm_width(node) or projection.out_width
             if width is None:
                 return None
-            dtype = value.dtype or projection.dtype
+            dtype = element_type(value, projection)
             return Place(site, value, width, None, module, dtype, node)
         inside = module_path(node)[-1:] == module_path(projection.node)[-1:]
         if not inside and node.op_type not in _ON_THE_WAY:
             return None
         value = node.outputs[0]
     return None
+
+
+def _behind(nodes: Iterable[ir.Node]) -> set[ir.Value]:
+    """Every value that is computed from what these nodes make."""
+    seen, queue = set(nodes), list(nodes)
+    found: set[ir.Value] = set()
+    while queue:
+        for value in queue.pop().outputs:
+            found.add(value)
+            fresh = set(value.consumers()) - seen
+            seen |= fresh
+            queue += fresh
+    return found
 
 
 def _downstream(start: ir.Value, inside: set[ir.Node]) -> Iterator[ir.Value]:
@@ -357,5 +382,6 @@ def _place(
             f"module {module}: the width of {value.name} is not in the graph; "
             "run onnx.shape_inference on the base model",
         )
-    dtype = value.dtype or (None if projection is None else projection.dtype)
+    reads = projection is not None and value is projection.activation
+    dtype = projection.dtype if projection and reads else element_type(value, projection)
     return Place(site, value, width, readers, module, dtype)

@@ -21,6 +21,17 @@ MICROSOFT = "com.microsoft"
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """Element types that an activation can be steered in."""
 
+_SAME_TYPE = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), (0, 1)),
+    **dict.fromkeys(("Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze"), (0,)),
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul"), (1, 0)),
+    # Some norms compute in another type than they give out, which is that of their gain.
+    **dict.fromkeys(("LayerNormalization", "SimplifiedLayerNormalization"), (1,)),
+    "RMSNormalization": (1,),
+    "DequantizeLinear": (1,),
+}
+"""Positions of the inputs that have the element type of an operator's result."""
+
 _SAME_VALUES = ("Cast", "Identity", "Transpose")
 _SAME_SHAPE = (*_SAME_VALUES, "DequantizeLinear")
 
@@ -69,6 +80,35 @@ def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
     return weight.T if transposed else weight
 
 
+def element_type(
+    value: ir.Value | None, projection: Projection | None = None
+) -> ir.DataType | None:
+    """What the graph says of a value's element type, itself or by the operators before it.
+
+    Args:
+        value: where to start; None has no type.
+        projection: one that may come before it, with a known type.
+    """
+    queue = [] if value is None else [value]
+    for found in queue:
+        node = found.producer()
+        if found.dtype is not None:
+            return found.dtype
+        if found.const_value is not None:
+            return found.const_value.dtype
+        if projection is not None and node is projection.node:
+            return projection.dtype
+        if node is None:
+            continue
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes.get_int("to", 0))
+        for position in _SAME_TYPE.get(node.op_type, ()):
+            before = _input(node, position)
+            if before is not None and before not in queue:
+                queue.append(before)
+    return None
+
+
 def _plain(node: ir.Node) -> Projection | str:
     if any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA")):
         return f"{node.name} transposes its activation"
@@ -80,8 +120,8 @@ def _plain(node: ir.Node) -> Projection | str:
     sizes = [int(size) if isinstance(size, int) else None for size in shape]
     if turned:
         sizes.reverse()
-    dtype = found[0].dtype if found is not None and found[0].dtype in FLOATS else None
-    return _projection(node, dtype, sizes[0], sizes[1])
+    dtype = element_type(_input(node, 1))
+    return _projection(node, dtype if dtype in FLOATS else None, sizes[0], sizes[1])
 
 
 def _block_quantized(node: ir.Node) -> Projection | str:

@@ -177,6 +177,44 @@ def test_old_opset_is_refused(toy: Any, make_adapter: Any) -> None:
         graft_model(graph.model, make_adapter({"layers.0.ffn": UNITS["ffn"]}))
 
 
+def test_the_default_domain_by_its_other_name(
+    tmp_path: Path, toy: Any, make_adapter: Any, run_onnx: Any
+) -> None:
+    graph, base, out = toy(), tmp_path / "base.onnx", tmp_path / "out.onnx"
+    proto = ir.to_proto(graph.model)
+    (opset,) = proto.opset_import
+    opset.domain = "ai.onnx"
+    onnx.save(proto, base)
+    adapter = make_adapter({"layers.0.ffn": UNITS["ffn"]})
+    graft_file(base, adapter, out)
+    expected = graph.compute(X, steering(adapter))
+    np.testing.assert_allclose(run_onnx(out, {"x": X})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_cast_in_a_silent_graph(
+    tmp_path: Path, toy: Any, make_adapter: Any, run_onnx: Any
+) -> None:
+    """Its result is in another type than its weight, and the graph states neither."""
+    graph = toy(bias=False)
+    product = graph.values["0.product"]
+    readers = list(product.uses())
+    half = graph.add("Cast", [product], "half", "model.layers.0.mlp.down_proj")
+    full = graph.add("Cast", [half], "full", "model.layers.0")
+    for value, kind in ((half, ir.DataType.FLOAT16), (full, ir.DataType.FLOAT)):
+        value.producer().attributes["to"] = ir.AttrInt64("to", int(kind))
+    for reader, position in readers:
+        reader.replace_input_with(position, full)
+    graph.graph.sort()
+    for value in (value for node in graph.graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.type = value.shape = None
+    adapter = make_adapter({"layers.0.ffn": UNITS["ffn"]})
+    graft_model(graph.model, adapter)
+    expected = graph.compute(X, steering(adapter))
+    found = run_onnx(graph.model, {"x": X})[0]
+    np.testing.assert_allclose(found, expected, rtol=5e-3, atol=5e-3)
+
+
 def test_integer_activations_are_refused(toy: Any, make_adapter: Any) -> None:
     graph = toy()
     graph.values["0.mixed"].dtype = ir.DataType.INT8

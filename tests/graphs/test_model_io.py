@@ -153,9 +153,8 @@ def test_full_disk_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_external_data_of_a_branch(tmp_path: Path, toy: Any) -> None:
-    """Tensors of an If node's branches count, too: checked, and kept where they are."""
-    graph = toy()
+def add_branches(graph: Any) -> None:
+    """An If node whose branches have a weight each."""
     branches = []
     for name in ("then", "else"):
         tensor = ir.tensor(np.ones(4, np.float32), name=f"{name}_weight")
@@ -171,15 +170,116 @@ def test_external_data_of_a_branch(tmp_path: Path, toy: Any) -> None:
     graph.graph.register_initializer(condition)
     attributes = {f"{g.name}_branch": g for g in branches}
     graph.graph.append(ir.node("If", [condition], attributes))
+
+
+def external_names(path: Path) -> set[str]:
+    return {str(tensor.name) for tensor in model_io.external_tensors(load_model(path))}
+
+
+def test_external_data_of_a_branch(tmp_path: Path, toy: Any) -> None:
+    """Tensors of an If node's branches count, too: checked, and kept where they are."""
+    graph = toy()
+    add_branches(graph)
     path = tmp_path / "model.onnx"
     ir.save(graph.model, path, external_data="model.data", size_threshold_bytes=8)
-    model = load_model(path)
-    names = {str(tensor.name) for tensor in model_io.external_tensors(model)}
+    names = external_names(path)
     assert {"then_weight", "else_weight"} <= names
-    save_model(model, tmp_path / "again.onnx")
-    assert {
-        str(t.name) for t in model_io.external_tensors(load_model(tmp_path / "again.onnx"))
-    } == names
+    save_model(load_model(path), tmp_path / "again.onnx")
+    assert external_names(tmp_path / "again.onnx") == names
     (tmp_path / "model.data").write_bytes(b"short")
     with pytest.raises(GraphError, match="too short"):
         load_model(path)
+
+
+@pytest.fixture
+def constant(tmp_path: Path, toy: Any) -> Path:
+    """A model with every weight in a constant node, and its data outside."""
+    proto = ir.to_proto(toy().model)
+    for weight in proto.graph.initializer:
+        node = onnx.helper.make_node("Constant", [], [weight.name], value=weight)
+        proto.graph.node.insert(0, node)
+    del proto.graph.initializer[:]
+    path = tmp_path / "constant" / "model.onnx"
+    path.parent.mkdir()
+    onnx.save_model(
+        proto,
+        path,
+        save_as_external_data=True,
+        location="model.data",
+        size_threshold=0,
+        convert_attribute=True,
+    )
+    return path
+
+
+def test_external_data_of_constants(constant: Path, toy: Any, run_onnx: Any) -> None:
+    names = external_names(constant)
+    assert names == set(toy().weights)
+    again = constant.with_name("again.onnx")
+    save_model(load_model(constant), again)
+    assert external_names(again) == names
+    expected = run_onnx(toy().model, {"x": X})[0]
+    np.testing.assert_array_equal(run_onnx(again, {"x": X})[0], expected)
+    constant.with_name("model.data").unlink()
+    with pytest.raises(GraphError, match=r"model\.data of tensor .* is missing"):
+        load_model(constant)
+
+
+def test_constants_outside_the_folder(constant: Path) -> None:
+    proto = onnx.load(constant, load_external_data=False)
+    for entry in proto.graph.node[0].attribute[0].t.external_data:
+        entry.value = "../model.data" if entry.key == "location" else entry.value
+    constant.write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match="outside the model's folder"):
+        load_model(constant)
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_weights_move_with_the_model(
+    limit: int, tmp_path: Path, constant: Path, toy: Any, run_onnx: Any
+) -> None:
+    """Those of branches and of constants, too: the old folder may be gone."""
+    graph = toy()
+    add_branches(graph)
+    branch = tmp_path / "branch" / "model.onnx"
+    branch.parent.mkdir()
+    ir.save(graph.model, branch, external_data="model.data", size_threshold_bytes=8)
+    expected = run_onnx(toy().model, {"x": X})[0]
+    for path in (branch, constant):
+        out = tmp_path / f"from-{path.parent.name}" / "moved.onnx"
+        save_model(load_model(path), out, limit=limit)
+        path.with_name("model.data").unlink()
+        load_model(out)
+        np.testing.assert_array_equal(run_onnx(out, {"x": X})[0], expected)
+        assert out.with_name("moved.onnx.data").exists() == (limit == 0)
+
+
+def test_weights_of_branches_alone_may_need_a_data_file(tmp_path: Path, toy: Any) -> None:
+    graph = toy()
+    outer = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    add_branches(graph)
+    save_model(graph.model, tmp_path / "model.onnx", limit=outer + 1)
+    assert (tmp_path / "model.onnx.data").exists()
+
+
+def test_a_base_that_is_not_valid_is_what_is_blamed(tmp_path: Path, toy: Any) -> None:
+    graph, base = toy(), tmp_path / "base.onnx"
+    graph.graph.outputs[0].shape = None
+    ir.save(graph.model, base)
+    with pytest.raises(GraphError, match="not a valid ONNX model itself") as error:
+        save_model(load_model(base), tmp_path / "out.onnx")
+    assert message(error).startswith(f"{base}: ") and "'shape'" in message(error)
+    base.unlink()
+    with pytest.raises(GraphError, match=r"out\.onnx: the written model"):
+        save_model(graph.model, tmp_path / "out.onnx")
+
+
+def test_sparse_weights_are_refused(saved: Path) -> None:
+    proto = onnx.load(saved)
+    values = onnx.helper.make_tensor("thin", onnx.TensorProto.FLOAT, [1], [2.0])
+    places = onnx.helper.make_tensor("places", onnx.TensorProto.INT64, [1], [3])
+    proto.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, places, [4]))
+    saved.write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match="tensor thin is a sparse initializer") as error:
+        load_model(saved)
+    message(error)

@@ -10,8 +10,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
 from austeer.adapters import GraphError
 from austeer.graphs import OnnxCausalLM, save_model
@@ -191,6 +193,38 @@ def test_another_kind_of_model(tmp_path: Path, toy: Any) -> None:
     save_model(toy().model, tmp_path / "model.onnx")
     with pytest.raises(GraphError, match="missing: attention_mask, input_ids"):
         OnnxCausalLM(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("FLOAT", ["BH", 3, "P"]),
+        ("FLOAT", None),
+        ("INT8", ["B", 2, "P", 3]),
+        ("DOUBLE", ["B", 2, "P", 3]),
+    ],
+)
+def test_another_kind_of_cache(kind: str, shape: list[Any] | None, tmp_path: Path) -> None:
+    element = onnx.TensorProto.DataType.Value(kind)
+    info = helper.make_tensor_value_info
+    ids, mask = (
+        info(n, onnx.TensorProto.INT64, ["B", n]) for n in ("input_ids", "attention_mask")
+    )
+    past, present = (info(f"{n}.0.key", element, shape) for n in ("past_key_values", "present"))
+    logits = info("logits", onnx.TensorProto.FLOAT, ["B", "T"])
+    nodes = [
+        helper.make_node("Identity", [past.name], [present.name]),
+        helper.make_node("Cast", [ids.name], [logits.name], to=onnx.TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(nodes, "toy", [ids, mask, past], [logits, present])
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, ir_version=10, opset_imports=opsets)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(
+        GraphError, match=r"past_key_values\.0\.key is tensor\(.*expected"
+    ) as error:
+        OnnxCausalLM(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_bfloat16_arithmetic_on_cpu_is_refused_clearly(toy_lm: Build) -> None:

@@ -261,3 +261,20 @@ def test_another_kind_of_model(script: Script, copied: Callable[..., Path]) -> N
     check_refused(
         script(folder, PROMPT), "missing: attention_mask, input_ids", "unknown: pixels"
     )
+
+
+def test_another_kind_of_cache(script: Script) -> None:
+    printed = script.code(
+        """
+from pathlib import Path
+from causal_lm import Signature
+from model_folder import BadInput
+inputs = {"input_ids": ["B", "T"], "attention_mask": ["B", "S"]}
+past = {"past_key_values.0.key": ["BH", 8, "P"]}
+try:
+    Signature.of(Path("model.onnx"), inputs | past, [], ["logits", "present.0.key"])
+except BadInput as error:
+    print(error)
+"""
+    )
+    assert "past_key_values.0.key has shape ['BH', 8, 'P'], expected four" in printed

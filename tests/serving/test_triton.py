@@ -211,6 +211,53 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     check_refused(script(folder, repository, *named), "exists already")
 
 
+def test_weights_of_branches_and_constants_come_along(script: Script, tmp_path: Path) -> None:
+    import onnx
+    from onnx import helper, numpy_helper
+
+    def outside(name: str) -> onnx.TensorProto:
+        weight = numpy_helper.from_array(np.ones(4, np.float32), name)
+        onnx.external_data_helper.set_external_data(weight, f"{name}.data", 0, 16)
+        (tmp_path / "base" / f"{name}.data").write_bytes(weight.raw_data)
+        weight.ClearField("raw_data")
+        return weight
+
+    (tmp_path / "base").mkdir()
+    info = helper.make_tensor_value_info
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("Identity", [name], [f"{name}_out"])],
+            name,
+            [],
+            [info(f"{name}_out", onnx.TensorProto.FLOAT, [4])],
+            [outside(name)],
+        )
+        for name in ("then", "else")
+    }
+    nodes = [
+        helper.make_node("If", ["choice"], ["chosen"], **branches),
+        helper.make_node("Constant", [], ["more"], value=outside("constant")),
+        helper.make_node("Add", ["chosen", "more"], ["sum"]),
+    ]
+    choice, total = (
+        info("choice", onnx.TensorProto.BOOL, [1]),
+        info("sum", onnx.TensorProto.FLOAT, [4]),
+    )
+    opsets = [helper.make_opsetid("", 20)]
+    graph = helper.make_graph(nodes, "branches", [choice], [total])
+    model = helper.make_model(graph, ir_version=10, opset_imports=opsets)
+    onnx.save(model, tmp_path / "base" / "model.onnx")
+    path = make(script, tmp_path / "base", tmp_path / "repository") / "1" / "model.onnx"
+    assert sorted(file.name for file in path.iterdir()) == [
+        "constant.data",
+        "else.data",
+        "model.onnx",
+        "then.data",
+    ]
+    (found,) = session(path / "model.onnx").run(None, {"choice": np.array([True])})
+    assert found.tolist() == [2.0] * 4
+
+
 def test_incomplete_or_foreign_weights_are_refused(
     models: DemoModels, script: Script, tmp_path: Path
 ) -> None:

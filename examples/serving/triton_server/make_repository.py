@@ -133,11 +133,21 @@ def data_files(model: onnx.ModelProto) -> list[str]:
     """Files with weights, relative to the model."""
     return sorted(
         {
-            ExternalDataInfo(initializer).location
-            for initializer in model.graph.initializer
-            if uses_external_data(initializer)
+            ExternalDataInfo(weight).location
+            for weight in _weights(model.graph)
+            if uses_external_data(weight)
         }
     )
+
+
+def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Those of a graph, of its constant nodes, and of the branches of its If nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield attribute.t
+            for branch in (attribute.g, *attribute.graphs):
+                yield from _weights(branch)
 
 
 def write_repository(

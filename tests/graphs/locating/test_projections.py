@@ -14,6 +14,7 @@ from austeer.adapters import Refusal
 from austeer.graphs import Place
 from austeer.graphs.locating.projections import (
     Projection,
+    element_type,
     is_projection,
     read_projection,
     stored_weight,
@@ -186,6 +187,23 @@ def test_weights_behind_other_nodes(operator: str, chain: tuple[str, ...]) -> No
     found = stored_weight(projection.node)
     assert found is not None
     np.testing.assert_array_equal(found, W)
+
+
+def test_a_weight_stored_in_another_type() -> None:
+    graph, x = graph_with_activation()
+    weight = graph.constant("w", W.astype(np.float16))
+    wide = graph.add("Cast", [weight], AT, to=1)
+    assert read(graph.add("MatMul", [x, wide], AT)).dtype == ir.DataType.FLOAT
+
+
+def test_the_type_behind_an_unknown_operator_is_not_guessed() -> None:
+    graph, x = graph_with_activation()
+    down = graph.add("MatMul", [x, graph.constant("w", W)], AT)
+    own = graph.add("Scramble", [down], AT, domain="example")
+    shifted = graph.add("Add", [own, graph.constant("b", np.zeros(OUT, np.float16))], AT)
+    assert element_type(own, read(down)) is None
+    assert element_type(down, read(down)) == ir.DataType.FLOAT
+    assert element_type(shifted, read(down)) == ir.DataType.FLOAT16
 
 
 def test_two_transpositions_cancel() -> None:
