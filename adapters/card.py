@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from austeer.adapters.config import AdapterConfig, figures_of_test
@@ -36,9 +38,11 @@ def model_card(config: AdapterConfig, relation: str, library: str, usage: str) -
         library: the Hub's `library_name`.
         usage: Markdown that shows how to load the files.
     """
+    name = config.base_model_name_or_path
+    base = {"base_model": name} if _is_hub_id(name) else {}
     metadata = {
         "library_name": library,
-        "base_model": config.base_model_name_or_path,
+        **base,
         "base_model_relation": relation,
         "tags": ["austeer", "steering"],
     }
@@ -52,12 +56,17 @@ def model_card(config: AdapterConfig, relation: str, library: str, usage: str) -
 
 # {_TITLES[relation]}
 
-{config.k} activation units of `{config.base_model_name_or_path}` rescaled at
+{config.k} activation units of {f"`{name}`" if name else "a model in memory"} rescaled at
 {", ".join(config.components)}, strength `{config.strength}`,
 made with austeer (AUSteer, arXiv 2602.04428).
 
 {usage}
 {_figures(figures_of_test(config.fit))}"""
+
+
+def _is_hub_id(name: str) -> bool:
+    """The Hub refuses a card whose base is a folder."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).is_dir()
 
 
 def _figures(test: Mapping[str, Any]) -> str:

@@ -213,3 +213,26 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_only_adaptive_depends_on_the_token(strength: Strength) -> None:
     assert strength.foldable == (strength.value != "adaptive")
     assert strength.trained == (strength.value in ("fitted", "adaptive"))
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("owner/model-1.5", True),
+        ("gpt2", True),
+        ("/models/local", False),
+        ("./local", False),
+        ("some/folder/deep", False),
+        ("here", False),
+        ("", False),
+    ],
+)
+def test_a_card_names_the_hubs_models_alone_as_base(
+    name: str, listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    front, text = adapter_card(config(base_model_name_or_path=name)).split("---\n")[1:]
+    assert (f'base_model: "{name}"\n' in front) == listed
+    assert "base_model_relation" in front
+    assert (f"`{name}`" if name else "a model in memory") in text
