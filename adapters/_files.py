@@ -8,13 +8,25 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from austeer.adapters._errors import AusteerError, OutputError
 from austeer.adapters._json import TooLargeError, parse_json, read_text
 from austeer.adapters._leftovers import locked_directory, locked_file, remove_leftovers
+
+_NEW_FILE = "a new file name"
+
+
+def final_path(out: Path) -> Path:
+    """The path that an output gets: links of its parents followed, its own never.
+
+    What is checked and what is written must be the same place, however it was spelled.
+    """
+    if out.name in ("", ".."):
+        return out.resolve()
+    return out.parent.resolve() / out.name
 
 
 def check_output_free(out: Path, expected: str = "a new or empty directory") -> None:
@@ -25,15 +37,21 @@ def check_output_free(out: Path, expected: str = "a new or empty directory") -> 
         expected: what it should be, for the message.
 
     Raises:
-        OutputError: the path is taken.
+        OutputError: the path is taken, or cannot be replaced.
     """
+    given, out = out, final_path(out)
+    if os.path.ismount(out) and not out.is_symlink():
+        raise OutputError(
+            f"{given}: is a mount point, which nothing can be renamed to; name a directory in "
+            f"it, such as {given / 'steered'}"
+        )
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
         kind = "a directory that is not empty" if out.is_dir() else "an existing file"
         what = "a symbolic link" if out.is_symlink() else kind
         raise OutputError(
-            f"{out}: expected {expected}, found {what}; remove it or choose another"
+            f"{given}: expected {expected}, found {what}; remove it or choose another"
         )
 
 
@@ -47,58 +65,78 @@ def publish_directory(out: Path) -> Iterator[Path]:
     Raises:
         OutputError: `out` is taken, or the filesystem refuses (full, read-only).
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link
     check_output_free(out)
-    with _as_output_error(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    out = final_path(out)
+    with _parents(out), _as_output_error(out):
         remove_leftovers(out)
         work, lock = locked_directory(out)
-    try:
-        with _as_output_error(out):
+        try:
             yield work
             _sync_tree(work)
             work.chmod(0o777 & ~_umask())
             work.replace(out)
             _sync_path(out.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
 
 
 @contextmanager
-def publish_file(out: Path) -> Iterator[Path]:
+def publish_file(out: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `out`; on a clean exit sync it and rename it to `out`.
 
+    Args:
+        out: the file.
+        replace: whether a file that is there gives way; else it is refused, at once and again
+            before the rename, as another run may have been quicker.
+
     Raises:
-        OutputError: the filesystem refuses.
+        OutputError: `out` is taken, or the filesystem refuses.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link
+    out = final_path(out)
     if out.is_dir():
         raise OutputError(
             f"{out}: expected a file name, found a directory; choose another name"
         )
-    with _as_output_error(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if not replace:
+        check_output_free(out, _NEW_FILE)
+    with _parents(out), _as_output_error(out):
         remove_leftovers(out)
         work, lock = locked_file(out)
-    try:
-        with _as_output_error(out):
+        try:
             yield work
             work.chmod(0o666 & ~_umask())
             _sync_path(work)
+            if not replace:
+                check_output_free(out, _NEW_FILE)
             work.replace(out)
             _sync_path(out.parent)
-    except FileNotFoundError as error:
-        if error.filename != str(work):
-            raise
-        raise OutputError(
-            f"{out}: its temporary file went away; is another run writing there?"
-        ) from error
-    finally:
-        work.unlink(missing_ok=True)
-        os.close(lock)
+        except FileNotFoundError as error:
+            if error.filename != str(work):
+                raise
+            raise OutputError(
+                f"{out}: its temporary file went away; is another run writing there?"
+            ) from error
+        finally:
+            work.unlink(missing_ok=True)
+            os.close(lock)
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Make the folders above `out`; those that it made go again where the work fails."""
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        with _as_output_error(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def read_json(path: Path, error: type[AusteerError], remedy: str) -> dict[str, Any]:
@@ -193,6 +231,8 @@ def _filesystem_refusal(error: BaseException) -> str | None:
         errno.EEXIST: "a file is in the way; choose another place",
         errno.ENOTEMPTY: "something else was written there meanwhile; choose another place",
         errno.ENAMETOOLONG: "the name is too long; choose another",
+        errno.EBUSY: "it is in use, as a mount point is; name a directory in it",
+        errno.EXDEV: "it is on another filesystem than its parent; name a directory in it",
     }
     if isinstance(error, OSError) and error.errno is not None:
         return refusals.get(error.errno)

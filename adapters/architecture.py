@@ -53,6 +53,9 @@ class Architecture:
             for each of `layer_types`, or none but which tokens are real (ALiBi needs that).
         mixture: how the layers that are mixtures of experts store them, None where all are
             dense. `ffn` is then the output of the whole block, in every layer.
+        float32: parts of names of tensors that transformers keeps in float32 where the model
+            is in half precision (`_keep_in_fp32_modules_strict`).
+        float32_in_float16: the same where it is in float16 (`_keep_in_fp32_modules`).
 
     Raises:
         ModelError: a field is malformed; names it and what it should be.
@@ -76,6 +79,8 @@ class Architecture:
     counts_places: bool = False
     masks: Masks = "one"
     mixture: Mixture | None = None
+    float32: tuple[str, ...] = ()
+    float32_in_float16: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, wanted in _malformed(self):
@@ -142,6 +147,16 @@ class Architecture:
             "found none"
         )
 
+    def stays_wide(self, name: str, dtype: str) -> bool:
+        """Whether tensor `name` is float32 in a model of torch dtype `dtype`.
+
+        Stored in half precision it would have lost what the model computes with.
+        """
+        parts = self.float32 if dtype in ("float16", "bfloat16") else ()
+        if dtype == "float16":
+            parts += self.float32_in_float16
+        return any(part in name for part in parts)
+
     def disk_names(self, name: str) -> tuple[str, ...]:
         """Names under which a checkpoint may hold the module tensor `name`."""
         bare = name.removeprefix(f"{self.prefix}.")
@@ -178,7 +193,8 @@ def _malformed(row: Architecture) -> Iterator[tuple[str, str]]:
     mixture = row.mixture
     if not (mixture is None or (isinstance(mixture, Mixture) and mixture.well_formed)):
         yield "mixture", "a Mixture of paths such as mlp.experts.{e}.down_proj.weight"
-    for name, least in (("layer_keys", 1), ("tail", 0), ("stored_prefixes", 0)):
+    optional = ("tail", "stored_prefixes", "float32", "float32_in_float16")
+    for name, least in (("layer_keys", 1), *((name, 0) for name in optional)):
         values = getattr(row, name)
         right = isinstance(values, tuple) and all(map(_is_path, values))
         if not right or len(values) < least:

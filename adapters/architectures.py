@@ -150,12 +150,11 @@ _ROWS = (
             )
         ),
     ),
-    *(
-        Architecture(name, mixture=Mixture(_FINE_EXPERTS, shared))
-        for name, shared in (
-            ("qwen3_moe", None),
-            ("deepseek_v3", "mlp.shared_experts.down_proj"),
-        )
+    Architecture("qwen3_moe", mixture=Mixture(_FINE_EXPERTS)),
+    Architecture(
+        "deepseek_v3",
+        mixture=Mixture(_FINE_EXPERTS, "mlp.shared_experts.down_proj"),
+        float32=("e_score_correction_bias",),
     ),
     Architecture(
         "qwen2_moe",
@@ -173,6 +172,7 @@ _ROWS = (
             ),
             transposed=True,
         ),
+        float32_in_float16=("norm",),
     ),
     Architecture(
         "llama4_text",

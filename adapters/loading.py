@@ -59,7 +59,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     target, stored = _target(device, device_map, dtype)
-    folder = model_directory(name_or_path, revision)
+    folder = model_directory(name_or_path, revision, code=trust_remote_code)
     _check_folder(folder)
     with _transformers_calls(folder, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -135,7 +135,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    folder = model_directory(name_or_path, revision)
+    folder = model_directory(name_or_path, revision, code=trust_remote_code)
     # Without this check transformers builds an empty tokenizer for some model types.
     if not any((folder / name).is_file() for name in _VOCABULARIES) and not trust_remote_code:
         raise ModelError(

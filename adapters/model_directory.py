@@ -12,11 +12,30 @@ from typing import Any
 from austeer.adapters._errors import ModelError
 from austeer.adapters.architectures import Architecture
 
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_SUFFIXES = ("bpe", "json", "model", "safetensors", "spm", "tiktoken", "txt", "vocab")
+_LEGAL = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
 
 
-def model_directory(name_or_path: str | Path, revision: str | None = None) -> Path:
+def _any_case(name: str) -> str:
+    return "".join(f"[{char}{char.upper()}]" if char.isalpha() else char for char in name)
+
+
+# What the exporter copies. Names match on through a `/`, so that subfolders need patterns of
+# their own to stay out: they repeat the weights in other formats, as consolidated files do.
+_TOP = (*(f"*.{suffix}" for suffix in _SUFFIXES), *(f"{_any_case(name)}*" for name in _LEGAL))
+_WANTED = (*_TOP, "*.jinja")
+_UNWANTED = (*(f"*/{pattern}" for pattern in _TOP), "consolidated*")
+
+
+def model_directory(
+    name_or_path: str | Path, revision: str | None = None, *, code: bool = False
+) -> Path:
     """The directory of a model: a local one as it is, or a Hub snapshot (downloaded once).
+
+    Args:
+        name_or_path: directory or Hub id.
+        revision: of the Hub.
+        code: fetch the Python code that comes with the model as well.
 
     Raises:
         ModelError: neither a directory nor a model on the Hub, or a revision of a directory.
@@ -35,7 +54,7 @@ def model_directory(name_or_path: str | Path, revision: str | None = None) -> Pa
             f"{name or '(empty)'}: expected a model directory, found "
             f"{'a file' if Path(name).is_file() else 'nothing there'}; check the path"
         )
-    return _snapshot(name, revision)
+    return _snapshot(name, revision, code)
 
 
 def check_num_layers(
@@ -63,7 +82,7 @@ def check_num_layers(
         )
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -72,9 +91,8 @@ def _snapshot(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=list(_WANTED),
-                # Subfolders and consolidated files repeat the weights in other formats.
-                ignore_patterns=["*/*", "consolidated*"],
+                allow_patterns=[*_WANTED, *(["*.py"] if code else [])],
+                ignore_patterns=[*_UNWANTED, "*/*.py"],
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

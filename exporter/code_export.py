@@ -36,7 +36,7 @@ from austeer.exporter.checkpoint import (
 from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
 from austeer.exporter.proofs.code_check import verify_code_structure
 from austeer.exporter.provenance import ProductFacts, Seal
-from austeer.exporter.routes import Route
+from austeer.exporter.routes import Route, check_gains
 from austeer.exporter.settings import Handling
 
 # transformers reads no second file beside one of the usual name.
@@ -93,7 +93,8 @@ def write_code(
     Arguments and errors as in `export_code`; nothing is published or verified.
     """
     config = read_model_config(base)
-    _refuse(base, config, adapter, scale)
+    check_code_base(base, config)
+    check_gains([adapter], scale)
     checkpoint = open_base(base, adapter, force=force)
     for path in map(folder.joinpath, copy_checkpoint(checkpoint, folder, link=link).names):
         if path.suffix == ".py":
@@ -108,9 +109,13 @@ def write_code(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _refuse(
-    base: Path, config: Mapping[str, Any], adapter: SteeringAdapter, scale: float
-) -> None:
+def check_code_base(base: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a base that no modelling file of ours can steer.
+
+    Raises:
+        RouteError: quantized, with code of its own, or with projections that are not called.
+        ModelError: its config cannot be written.
+    """
     refuse_quantized(
         base, "and steering in code was not proved on those; steer the unquantized model"
     )
@@ -129,8 +134,6 @@ def _refuse(
             f"{base}: slow_but_exact with pretraining_tp calls no projection, so that no hook "
             "runs; set slow_but_exact to false in its config.json"
         )
-    if not any((steered.gamma * scale).any() for steered in adapter.sites):
-        raise RouteError(f"nothing is steered at scale {scale:g}: every gain is 1")
 
 
 def _is_bare(checkpoint: Checkpoint, adapter: SteeringAdapter) -> bool:

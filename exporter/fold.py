@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from austeer.adapters._errors import RouteError
+from austeer.adapters._errors import ModelError, RouteError
 from austeer.exporter.plan import TensorEdit
 
 Array = np.ndarray[Any, Any]
@@ -29,25 +30,30 @@ def fold_tensor(tensor: Array, edits: Sequence[TensorEdit]) -> Array:
 
     Raises:
         RouteError: a value leaves the dtype's range; names the tensor and the unit.
+        ModelError: a value to be multiplied is no finite number.
     """
     folded = tensor.copy()
     fold_rows(folded, 0, edits)
     return folded
 
 
-def fold_rows(rows: Array, first: int, edits: Sequence[TensorEdit]) -> int:
+def fold_rows(
+    rows: Array, first: int, edits: Sequence[TensorEdit], file: Path | None = None
+) -> int:
     """Do to some rows of a tensor, in place, what `fold_tensor` does to all of them.
 
     Args:
         rows: successive rows.
         first: number of the first of them.
         edits: edits of the whole tensor.
+        file: of the base, for errors.
 
     Returns:
         How many values have other bits now.
 
     Raises:
         RouteError: as for `fold_tensor`.
+        ModelError: as there.
     """
     parts = [part for edit in edits if len((part := _within(edit, first, len(rows))).index)]
     if not parts:
@@ -60,6 +66,7 @@ def fold_rows(rows: Array, first: int, edits: Sequence[TensorEdit]) -> int:
     afters = []
     for part, before in zip(parts, befores, strict=True):
         wide = before.astype(np.float64)
+        _check_finite(wide, part, first, file)
         for axis, gain in enumerate(gains):
             factor = gain[part.index] if axis == part.axis else gain
             if axis == part.axis or len(parts) > 1:
@@ -156,6 +163,20 @@ def round_once(wide: Float[np.ndarray, "*shape"], dtype: np.dtype[Any]) -> Array
         inexact = narrow.astype(np.float64) != wide
         odd = (narrow.view(np.uint32) | inexact).view(np.float32)
         return np.asarray(odd.astype(dtype))
+
+
+def _check_finite(wide: Array, edit: TensorEdit, first: int, file: Path | None) -> None:
+    """Refuse infinities and NaN: no check could tell their fold from a wrong one."""
+    gain = edit.gain.reshape([-1 if axis == edit.axis else 1 for axis in range(wide.ndim)])
+    broken = ~np.isfinite(wide) & (gain != 1.0)
+    if broken.any():
+        place = tuple(np.argwhere(broken)[0])
+        unit = edit.index[place[edit.axis]] + (0 if edit.axis else first)
+        raise ModelError(
+            f"{f'{file}: ' if file else ''}{edit.name}: the base model's weights of unit "
+            f"{unit} hold {wide[place]}, expected finite numbers; fetch the model again, or "
+            "leave the unit out"
+        )
 
 
 def _check_range(before: Array, after: Array, edit: TensorEdit, first: int) -> None:

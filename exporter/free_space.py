@@ -9,17 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from austeer.adapters._errors import AusteerError, OutputError
+from austeer.adapters._files import final_path
 from austeer.adapters._leftovers import remove_leftovers
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.steered_site import touched_tensors
-from austeer.adapters.tensors import TensorEntry
+from austeer.adapters.tensors import DTYPES, TensorEntry
 from austeer.adapters.weights import Checkpoint
 from austeer.exporter.checkpoint import source_files
 from austeer.exporter.merge import read_model_config
-from austeer.exporter.plan import FOLDABLE_DTYPES
+from austeer.exporter.rewrite import new_dtype
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import StoredAs
 
@@ -42,7 +43,7 @@ def check_space(out: Path, needed: int, sources: Iterable[Path] = ()) -> None:
     Raises:
         OutputError: too little is free; the message has both numbers.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link
+    out = final_path(out)
     remove_leftovers(out)
     place = next(parent for parent in out.parents if parent.is_dir())
     try:
@@ -113,8 +114,11 @@ def run_size(
     widths = _widths(architecture, checkpoint)
     # A ranking has six numbers of eight bytes for each unit of four components.
     total = _SMALL + 4 * 6 * 8 * layers * widths
-    # The rank is that of the layer with most units, and every steered layer has it.
-    spread = max(n * (max_units + 1 - n) for n in range(1, min(layers, max_units) + 1))
+    # The rank is that of the layer with most units, and every steered layer has it; a
+    # projection has no more units than inputs and outputs.
+    spread = max(
+        n * min(max_units + 1 - n, widths) for n in range(1, min(layers, max_units) + 1)
+    )
     for route in routes:
         if route.is_peft:
             total += _SMALL + _FLOAT32 * 2 * spread * widths
@@ -138,9 +142,11 @@ def _difference(
 ) -> int:
     """Bytes that weight files take more than the base's."""
     if stored.dtype is not None:
-        item = 4 if stored.dtype == "float32" else 2
-        floats = [entry for entry in checkpoint.values() if entry.dtype in FOLDABLE_DTYPES]
-        return sum(item * math.prod(entry.shape) - entry.size for entry in floats)
+        return sum(
+            DTYPES[dtype].itemsize * math.prod(entry.shape) - entry.size
+            for entry in checkpoint.values()
+            if (dtype := new_dtype(entry, stored.dtype, adapter.architecture)) != entry.dtype
+        )
     if not stored.link:
         return 0
     touched = set()

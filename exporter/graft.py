@@ -23,6 +23,7 @@ from austeer.exporter.graft_output import (
     graft_size,
     seal_graft,
 )
+from austeer.exporter.routes import check_gains
 from austeer.exporter.settings import check_strength
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
     is_file = request.out.suffix == ".onnx"
     check_output_free(request.out, "a new file name" if is_file else "a new or empty directory")
     adapters = [SteeringAdapter.from_pretrained(name) for name in request.adapters]
+    check_gains(adapters, request.scale, request.scale_as)
     progress("graft", 0, 1)
     graft, compared = _grafted(request, base, adapters)
     progress("graft", 1, 1)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from austeer.adapters._errors import AusteerError, GraphError, OutputError
 from austeer.adapters._files import (
-    check_output_free,
     publish_directory,
     publish_file,
     refuse_foreign_link,
@@ -65,13 +64,11 @@ def graft_as_file(out: Path, base: Path, model: ir.Model) -> Iterator[Path]:
             f"{out}: the base keeps its weights in files of their own; write beside it, such "
             f"as {base.with_name(out.name)}, or into a new directory with --copy-data"
         )
-    with publish_file(out) as work, _speaking_of(out, work):
+    with publish_file(out, replace=False) as work, _speaking_of(out, work):
         # The writer wants a name that is free; the temporary is what keeps it ours.
         fresh = work.with_name(f"{work.name}.new")
         try:
             yield fresh
-            # Another run may have been quicker.
-            check_output_free(out, "a new file name")
             fresh.replace(work)
         finally:
             fresh.unlink(missing_ok=True)

@@ -171,7 +171,7 @@ def _write(
     changes = {
         name: Change(partial(fold_scale_rows, edits=edits), whole=True)
         if name in plan.scales
-        else Change(partial(fold_rows, edits=edits))
+        else Change(partial(fold_rows, edits=edits, file=checkpoint[name].file))
         for name, edits in plan.by_tensor().items()
     }
     return copy_checkpoint(checkpoint, folder, changes, check, link=stored.link)

@@ -21,6 +21,7 @@ from austeer.adapters.architectures import TRANSFORMERS_4, architecture_of, text
 from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import module_reader
 from austeer.exporter.onnx_decoder import WRAPPED, CachedDecoder, example_inputs
+from austeer.exporter.routes import check_gains
 from austeer.graphs.graft import graft_model
 from austeer.graphs.graft_plan import ScaleAs
 from austeer.graphs.model_io import save_model
@@ -71,11 +72,12 @@ def write_onnx(
 
     Raises:
         AdapterError: the model is not the adapter's base (unless `force`).
-        RouteError: the model cannot be exported to ONNX.
+        RouteError: the model cannot be exported to ONNX, or nothing is steered.
         GraphError: a site cannot be found in the exported graph.
         OutputError: the files cannot be written.
     """
     adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
+    check_gains([adapter], scale, scale_as)
     model = _runnable(model)
     graph = export_graph(model)
     graft_model(graph, adapter, scale, scale_as=ScaleAs(scale_as))
@@ -108,7 +110,7 @@ def export_graph(model: PreTrainedModel) -> ir.Model:
         RouteError: the model cannot be exported to ONNX.
     """
     architecture_of(model.config.model_type)
-    _check_exportable(model)
+    check_exportable(model)
     with ExitStack() as stack:
         stack.enter_context(_silence())
         stack.enter_context(_evaluating(model))
@@ -138,7 +140,12 @@ def _write_companions(
     tokenizer.save_pretrained(folder)
 
 
-def _check_exportable(model: PreTrainedModel) -> None:
+def check_exportable(model: PreTrainedModel) -> None:
+    """Refuse an architecture, or a config, of which no graph can be made.
+
+    Raises:
+        RouteError: says which, and the route that works.
+    """
     if getattr(model.config, "alibi", False):
         raise RouteError(
             f"{model.config.model_type}: its ALiBi is computed in bfloat16, which the CPU "

@@ -110,6 +110,19 @@ def convert_peft(
     return dataclasses.replace(summary, path=Path(out), files=files)
 
 
+def refuse_quantized_peft(base: Path) -> None:
+    """Refuse a quantized base, from whose weights no exact factors can be taken.
+
+    Raises:
+        RouteError: as said.
+    """
+    refuse_quantized(
+        base,
+        "the adapter's are not; convert for the unquantized model, peft loads the result onto "
+        "a quantized copy as well",
+    )
+
+
 def write_peft(
     base: Path,
     adapter: SteeringAdapter,
@@ -125,11 +138,7 @@ def write_peft(
     """
     if route not in _NAMES:
         raise RouteError(f"route {route}: expected lora or ia3")
-    refuse_quantized(
-        base,
-        "the adapter's are not; convert for the unquantized model, peft loads the result onto "
-        "a quantized copy as well",
-    )
+    refuse_quantized_peft(base)
     checkpoint = open_base(base, adapter, force=force)
     plan, config, tensors = peft_content(checkpoint, adapter, route, scale)
     if not _changes_anything(tensors):

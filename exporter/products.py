@@ -174,6 +174,7 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
     )
     pairs = read_pairs(request.pairs) if request.pairs else []
     quantized = quantized_base(request.base, request.route)
+    _refuse_base(request)
     if quantized is None or quantized.is_dir():
         _check_space(request, adapter)
     if quantized is not None:
@@ -199,6 +200,22 @@ def export_product(request: ProductRequest, progress: Progress = silent) -> Expo
             seal=request_seal(request),
         )
     return Export(request.route, request.out, row)
+
+
+def _refuse_base(request: ProductRequest) -> None:
+    """What the writer would refuse, before the model is loaded: that may fail over less."""
+    from austeer.adapters.model_directory import model_directory
+    from austeer.exporter.code_export import check_code_base
+    from austeer.exporter.merge import read_model_config
+    from austeer.exporter.peft_export import refuse_quantized_peft
+
+    if not (request.route is Route.CODE or request.route.is_peft):
+        return
+    base = model_directory(request.base.model, request.base.revision)
+    if request.route is Route.CODE:
+        check_code_base(base, read_model_config(base))
+    else:
+        refuse_quantized_peft(base)
 
 
 def _check_space(request: ProductRequest, adapter: SteeringAdapter) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from austeer.adapters._errors import ModelError, RouteError
 from austeer.adapters._files import read_json, write_json
 from austeer.adapters._json import is_writable
+from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.tensors import (
     DTYPES,
     STORED_DTYPES,
@@ -38,6 +39,7 @@ from austeer.exporter.fold import fold_rows, round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES, TensorEdit
 from austeer.exporter.settings import StoredAs
 
+_NARROW = ("F8", "F6", "F4")  # starts of float dtypes that numpy has not
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of transformers 5 and 4
 _ALIGNMENT = 8
 
@@ -79,11 +81,12 @@ def rewrite_checkpoint(
         check: runs beside the writing; what it raises ends that.
 
     Raises:
-        RouteError: a value leaves the range of the new dtype.
+        RouteError: a value leaves the range of the new dtype, or a tensor cannot get it.
         ModelError: a file of the base cannot be read.
         OSError: the copy cannot be written.
     """
-    shards = _shards(checkpoint, stored)
+    config = read_json(checkpoint.root / "config.json", ModelError, "")
+    shards = _shards(checkpoint, stored, _new_dtypes(checkpoint, config, stored.dtype))
     names = _file_names(shards, stored)
     metadata = {
         file: {
@@ -103,20 +106,45 @@ def rewrite_checkpoint(
         _write_index(checkpoint, folder, names, shards)
         names.append(INDEX)
     if stored.dtype is not None:
-        config = read_json(folder / "config.json", ModelError, "")
         refuse_unwritable(config, checkpoint.root)
         write_json(folder / "config.json", name_dtype(config, stored.dtype))
     return Copied(tuple(sorted([*names, *copied])), changed)
 
 
-def _shards(checkpoint: Checkpoint, stored: StoredAs) -> list[list[_Tensor]]:
+def _new_dtypes(
+    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: str | None
+) -> dict[str, str]:
+    """The dtype that each tensor gets, by stored name."""
+    if dtype is None:
+        return {entry.name: entry.dtype for entry in checkpoint.values()}
+    for entry in checkpoint.values():
+        if entry.dtype.startswith(_NARROW):
+            raise RouteError(
+                f"{entry.file}: {entry.name} is stored as {entry.dtype}, which is not "
+                f"converted to {dtype}; leave the dtype out, or convert the base first"
+            )
+    row = architecture_of(config.get("model_type"))
+    return {entry.name: new_dtype(entry, dtype, row) for entry in checkpoint.values()}
+
+
+def new_dtype(entry: TensorEntry, dtype: str, row: Architecture) -> str:
+    """The stored dtype of a tensor where a checkpoint gets the torch dtype `dtype`.
+
+    What a model in half precision keeps in float32 stays as the base has it.
+    """
+    if entry.dtype not in FOLDABLE_DTYPES or row.stays_wide(entry.name, dtype):
+        return entry.dtype
+    return STORED_DTYPES[dtype]
+
+
+def _shards(
+    checkpoint: Checkpoint, stored: StoredAs, dtypes: Mapping[str, str]
+) -> list[list[_Tensor]]:
     """The tensors of each new file."""
-    dtype = None if stored.dtype is None else STORED_DTYPES[stored.dtype]
     shards: list[list[_Tensor]] = []
     filled, file, most = 0, None, stored.max_shard_size
     for entry in sorted(checkpoint.values(), key=lambda entry: (entry.file, entry.start)):
-        converts = dtype is not None and entry.dtype in FOLDABLE_DTYPES
-        tensor = _Tensor(entry, dtype if dtype and converts else entry.dtype)
+        tensor = _Tensor(entry, dtypes[entry.name])
         if most is None:
             full = entry.file != file
         else:
@@ -184,7 +212,7 @@ def _data(tensor: _Tensor, edits: Sequence[TensorEdit]) -> Iterator[tuple[memory
     with entry.file.open("rb", buffering=0) as stream:
         for first, rows in read_rows(entry, stream):
             out = _converted(rows, tensor) if tensor.dtype != tensor.entry.dtype else rows
-            changed = fold_rows(out, first, edits) if edits else 0
+            changed = fold_rows(out, first, edits, entry.file) if edits else 0
             yield out.reshape(-1).view(np.uint8).data, changed
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from austeer.adapters._errors import RouteError
 from austeer.adapters._files import read_json
@@ -13,6 +16,9 @@ from austeer.adapters.config import CONFIG_NAME, Strength
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_format import is_steered
 from austeer.adapters.weights import INDEX, SINGLE
+
+if TYPE_CHECKING:
+    from austeer.adapters.adapter import SteeringAdapter
 
 
 class Route(StrEnum):
@@ -123,6 +129,27 @@ def check_routes(
         # To write a PEFT adapter needs no peft, to prove it does.
         if verify or not route.is_peft:
             check_installed(route)
+
+
+def check_gains(
+    adapters: Iterable[SteeringAdapter], scale: float, scale_as: str = "constant"
+) -> None:
+    """Refuse a strength at which nothing is steered, or a gain that float32 does not hold.
+
+    Args:
+        adapters: what is steered.
+        scale: factor on every γ.
+        scale_as: what the factor is in an ONNX graph; an input may be 0 by default.
+
+    Raises:
+        RouteError: as said.
+    """
+    with np.errstate(over="ignore"):
+        gains = [s.gamma * np.float32(scale) for one in adapters for s in one.sites]
+    if not all(np.isfinite(gain).all() for gain in gains):
+        raise RouteError(f"scale {scale:g}: a gain is more than float32 holds; lower it")
+    if scale_as == "constant" and not any(gain.any() for gain in gains):
+        raise RouteError(f"nothing is steered at scale {scale:g}: every gain is 1")
 
 
 def route_of(product: Path) -> Route:

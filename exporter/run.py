@@ -29,7 +29,7 @@ from austeer.adapters.weights import Checkpoint
 from austeer.exporter.checkpoint import check_companions
 from austeer.exporter.describe import beta_ranges
 from austeer.exporter.free_space import check_space, run_size
-from austeer.exporter.merge import refuse_quantized
+from austeer.exporter.merge import read_model_config, refuse_quantized
 from austeer.exporter.peft_export import check_peft_base
 from austeer.exporter.products import load_base, make_product, verification_prompts
 from austeer.exporter.provenance import Seal, pairs_facts
@@ -131,20 +131,33 @@ class _Job:
             )
         if routes & {Route.SAFETENSORS, Route.CODE}:
             check_companions(Checkpoint(folder))
+        if Route.CODE in routes:
+            from austeer.exporter.code_export import check_code_base
+
+            check_code_base(folder, read_model_config(folder))
+        if Route.ONNX in routes:
+            from austeer.exporter.onnx_export import check_exportable
+
+            check_exportable(self._base.model)
 
     def run(self, whole: bool) -> RunReport:
         options = self._options
         with resumable(self._state):
             with launched(timedelta(minutes=options.process_timeout)) as group:
                 if options.restart and group.is_first:
-                    discard_state(self._state)
+                    self._discard_state()
                 ranking = self._localized()
             if not group.is_first:
                 # The others only shared the localization.
                 raise SystemExit(0)
             report = self._published(ranking, whole)
-        discard_state(self._state)
+        self._discard_state()
         return report
+
+    def _discard_state(self) -> None:
+        # With a given ranking none was made: what lies there is of another run.
+        if self._options.ranking is None:
+            discard_state(self._state)
 
     def _published(self, ranking: Ranking, whole: bool) -> RunReport:
         out = self._options.out
@@ -156,7 +169,7 @@ class _Job:
             with publish_directory(out) as work:
                 write_report(error.report, work)
                 self._close(work, None)
-            discard_state(self._state)
+            self._discard_state()
             raise
         with publish_directory(out) as work:
             values = (self._write_run if whole else self._write_adapter)(adapter, fit, work)

@@ -21,6 +21,8 @@ from austeer.exporter.routes import (
     resolve_strength,
 )
 
+_MOST_MINUTES = 365 * 24 * 60
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseOptions:
@@ -49,7 +51,8 @@ class StoredAs:
 
     Attributes:
         link: hard link those that stay as they are; they are then the base's, too.
-        dtype: of all float tensors: `float32`, `bfloat16` or `float16`; None: the base's.
+        dtype: of all float tensors but those that such a model keeps in float32: `float32`,
+            `bfloat16` or `float16`; None: the base's.
         max_shard_size: largest file in bytes, but for one of a single tensor; None: the
             base's files.
 
@@ -109,16 +112,34 @@ class Handling:
         check_strength(self.scale, self.scale_as)
 
 
+def check_timeout(minutes: float) -> None:
+    """Refuse a time that is none.
+
+    Raises:
+        FitError: not above 0, or more than a year.
+    """
+    if not 0 < minutes <= _MOST_MINUTES:
+        raise FitError(
+            f"process timeout: expected minutes above 0 and at most {_MOST_MINUTES} (a year), "
+            f"got {minutes:g}"
+        )
+
+
 def check_strength(scale: float, scale_as: str) -> None:
     """Refuse a strength factor that is no number, or an unknown place for it in a graph.
 
     Raises:
-        RouteError: as said.
+        RouteError: as said, or a factor where the caller gives one.
     """
     if not math.isfinite(scale):
         raise RouteError(f"scale: expected a finite number, got {scale}")
     if scale_as not in ("constant", "required", "optional"):
         raise RouteError(f"scale_as: expected constant, required or optional, got {scale_as!r}")
+    if scale_as == "required" and scale != 1.0:
+        raise RouteError(
+            f"scale: with a strength input the caller gives it, and {scale:g} would be lost; "
+            "leave --scale out, or make it the default with --optional-strength-input"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +234,7 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FitError(f"{name}: expected at least 1, got {value}")
+        check_timeout(self.process_timeout)
         if self.rank > 1 and self.resolved_strength is not Strength.ADAPTIVE:
             raise FitError(
                 f"rank: strength {self.resolved_strength} has no γ predictor; leave it out, "

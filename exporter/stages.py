@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from austeer.adapters._errors import FitError, OutputError
-from austeer.adapters._files import check_output_free
+from austeer.adapters._files import check_output_free, final_path
 from austeer.adapters._json import parse_json
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.localization.distributed import launched
@@ -24,7 +23,7 @@ from austeer.adapters.localization.state_file import discard_state
 from austeer.adapters.pairs import read_pairs, render_pairs
 from austeer.adapters.sites import Component
 from austeer.exporter.products import Base, load_base
-from austeer.exporter.settings import BaseOptions
+from austeer.exporter.settings import BaseOptions, check_timeout
 
 
 def localize_job(
@@ -62,6 +61,7 @@ def localize_job(
         AusteerError: model, pairs or output are unusable; nothing is written.
         KeyboardInterrupt: an interrupt or SIGTERM; the state is kept.
     """
+    check_timeout(timeout_minutes)
     if out.is_dir():
         raise OutputError(f"{out}: expected a file name, found a directory; choose another")
     check_output_free(out, "a new file name")
@@ -98,7 +98,7 @@ def _loaded(options: BaseOptions, progress: Progress) -> Base:
 
 def state_folder(out: Path) -> Path:
     """Where the state of a localization is kept until `out` is written."""
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link
+    out = final_path(out)
     return out.with_name(f"{out.name}.state")
 
 

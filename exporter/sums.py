@@ -73,7 +73,8 @@ def write_sums(folder: Path) -> None:
     for path in sorted(folder.glob(f"*/{SUMS_NAME}")):
         part = path.parent.name
         known |= {f"{part}/{name}": digest for name, digest in _read(path).items()}
-    names = sorted(name for name in _names(folder) if name != SUMS_NAME)
+    # What lies in dot files, a repository's say, changes without the product.
+    names = sorted(n for n in _names(folder) if n != SUMS_NAME and not _is_hidden(n))
     fresh = [name for name in names if name not in known]
     known |= dict(zip(fresh, file_digests([folder / name for name in fresh]), strict=True))
     text = b"".join(_line(name, known[name]) for name in names)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,9 +23,11 @@ from austeer.adapters.localization.distributed import Processes
 from austeer.adapters.localization.momentum import LayerValues, MomentumCounter
 from austeer.adapters.localization.ranking_file import Counts
 from austeer.adapters.localization.state_file import (
-    SUFFIX,
     Purpose,
     StatePart,
+    remove_unfinished,
+    state_files,
+    state_name,
     write_state,
 )
 from austeer.adapters.sites import Component
@@ -63,7 +64,7 @@ class RunState:
     ) -> None:
         self.counters = counters
         self._folder, self._every, self.group = folder, every, group
-        self._name = f"{group.rank}-{secrets.token_hex(4)}{SUFFIX}"
+        self._name = state_name(group.rank)
         self._counted = np.zeros(purpose.pairs, dtype=bool)
         self._purpose = purpose
         self._absorbed: list[Path] = []
@@ -173,11 +174,8 @@ class RunState:
     def _read(self) -> None:
         if self._folder is None or not self._folder.is_dir():
             return
-        for leftover in self._folder.glob(f".*{SUFFIX}.partial-*"):
-            leftover.unlink(missing_ok=True)
-        found = [
-            StatePart.open(path, self._purpose) for path in self._folder.glob(f"*{SUFFIX}")
-        ]
+        remove_unfinished(self._folder)
+        found = [StatePart.open(path, self._purpose) for path in state_files(self._folder)]
         # The first process's file grows to hold the others'. Where a kill came before these
         # were removed, or a second run wrote here, pairs overlap: they are counted once.
         for part in sorted(found, key=lambda part: (-int(part.pairs.sum()), part.path)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,12 @@ from austeer.adapters.tensors import Tensors, read_tensors, write_tensors
 FORMAT = "austeer-localization-state"
 FORMAT_VERSION = "1"
 SUFFIX = ".safetensors"
+_NAME = re.compile(r"\d+-[0-9a-f]{8}\.safetensors")
+
+
+def state_name(rank: int) -> str:
+    """A name for one process's file, which no other has."""
+    return f"{rank}-{secrets.token_hex(4)}{SUFFIX}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,18 @@ class Purpose:
     token_budget: int
 
 
+def state_files(folder: Path) -> list[Path]:
+    """The files of a state, by their names: whatever else lies in the folder is not ours."""
+    return [path for path in folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(path.name)]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a kill left of files that were being written."""
+    for path in folder.glob(f".*{SUFFIX}.partial-*"):
+        if _NAME.match(path.name, 1):
+            path.unlink(missing_ok=True)
+
+
 def discard_state(folder: Path) -> None:
     """Remove the files of a state, and its folder if nothing else lies in it.
 
@@ -46,8 +66,9 @@ def discard_state(folder: Path) -> None:
         OutputError: a file cannot be removed.
     """
     try:
-        for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob(f".*{SUFFIX}.partial-*")]:
+        for path in state_files(folder):
             path.unlink(missing_ok=True)
+        remove_unfinished(folder)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     except OSError as error:

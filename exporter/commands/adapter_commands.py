@@ -37,6 +37,10 @@ from austeer.exporter.settings import BaseOptions
 @json_option
 def show(adapter: str, model: str | None, units: int, as_json: bool, **options: Any) -> None:
     """What ADAPTER steers, and with --base what its strongest units do one by one."""
+    given = [name for name, value in options.items() if value not in (None, False, "cpu")]
+    if model is None and given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise click.UsageError(f"{option}: is about the base model; name it with --base")
     from austeer.adapters.adapter import SteeringAdapter
     from austeer.exporter.describe import describe_adapter, describe_in_base
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from austeer.exporter.commands._console import (
     command_line,
@@ -56,6 +57,8 @@ def merge(as_json: bool, code: bool, **options: Any) -> None:
     """
     if code and options["max_shard_size"]:
         raise click.UsageError("--max-shard-size: with --code weight files stay as they are")
+    if code:
+        _refuse_without_model(options, "dtype", "device", "device_map")
     stored = StoredAs(
         link=options["link"],
         dtype=None if code else options["dtype"],
@@ -92,6 +95,7 @@ def onnx(as_json: bool, **options: Any) -> None:
 @json_option
 def peft(as_json: bool, route: str, **options: Any) -> None:
     """Convert ADAPTER into a LoRA or an IA3 for MODEL that stock peft loads; exact."""
+    _refuse_without_model(options, "dtype", "device", "device_map")
     _export(Route(route), options, as_json)
 
 
@@ -117,6 +121,8 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
 
     They are compared with those of its base model, steered live by its adapter.
     """
+    if options["pairs"] and options["structure_only"]:
+        raise click.UsageError("--pairs: with --structure-only no model runs; choose one")
     from austeer.exporter.markdown import verify_sentences
     from austeer.exporter.proofs.product_check import verify_product
 
@@ -137,6 +143,15 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
             click.echo(sentence)
 
 
+def _refuse_without_model(options: dict[str, Any], *names: str) -> None:
+    """Options of a comparison that --no-verify leaves out."""
+    context = click.get_current_context()
+    for name in names if options["no_verify"] else ():
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{option}: with --no-verify no model runs; choose one")
+
+
 def _export(
     route: Route,
     options: dict[str, Any],
@@ -145,6 +160,7 @@ def _export(
     stored: StoredAs | None = None,
     scale_as: str = "constant",
 ) -> None:
+    _refuse_without_model(options, "pairs")
     from austeer.exporter.products import export_product
 
     request = ProductRequest(

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from austeer.adapters._errors import ModelError, VerificationError
 from austeer.adapters._files import read_json
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.architectures import Architecture, architecture_of
 from austeer.adapters.fingerprint import checkpoint_reader
 from austeer.adapters.sites import Component
 from austeer.adapters.steered_site import SteeredSite, touched_tensors
@@ -30,7 +31,7 @@ from austeer.exporter.fold import round_once
 from austeer.exporter.plan import FOLDABLE_DTYPES
 from austeer.exporter.quantized.formats import Quantization, quantization_of
 from austeer.exporter.quantized.plan import INPUT_SIDE, bias_entry, locate_sites
-from austeer.exporter.rewrite import name_dtype
+from austeer.exporter.rewrite import name_dtype, new_dtype
 
 Array = np.ndarray[Any, Any]
 Gain = Float[np.ndarray, " width"]
@@ -68,8 +69,8 @@ def verify_fold_structure(
     Each value of a touched projection is g_out · W · g_in within one rounding of the stored
     dtype, so that W'·x == g_out ⊙ W·(g_in ⊙ x) for every x; biases likewise; slices without a
     gain and all other tensors are byte-identical, or rounded once where all floats got
-    another dtype; config.json is the base's, but for that. Of a quantized projection the
-    scales are the touched tensor.
+    another dtype, but for those that such models keep; config.json is the base's, but for
+    that. Of a quantized projection the scales are the touched tensor.
 
     Args:
         base: directory of the base checkpoint.
@@ -85,14 +86,15 @@ def verify_fold_structure(
     """
     before, after = Checkpoint(base), Checkpoint(folder)
     quantization = quantization_of(base)
-    converted = _check_same_tensors(before, after)
+    converted = _check_same_tensors(before, after, adapter.architecture)
     if quantization is None:
         gains = dict(touched_gains(adapter, before, scale))
     else:
         if converted is not None:
             raise VerificationError(f"{folder}: a quantized base got another dtype")
         gains = dict(_quantized_gains(adapter, before, quantization, scale))
-    _check_same_config(base, after, converted)
+    named = converted or _only_dtype(after, adapter.architecture)
+    _check_same_config(base, after, named, converted is not None)
     others = [] if touched_only else sorted(set(before) - set(gains))
     for name in others:
         if before[name].dtype != after[name].dtype:
@@ -236,19 +238,20 @@ def converted_dtype(base: Path, folder: Path) -> str | None:
         VerificationError: it has other tensors than the base.
         ModelError: one of the two cannot be read.
     """
-    return _torch_name(_check_same_tensors(Checkpoint(base), Checkpoint(folder)))
+    row = architecture_of(read_json(base / "config.json", ModelError, _WHOLE).get("model_type"))
+    return _check_same_tensors(Checkpoint(base), Checkpoint(folder), row)
 
 
-def _torch_name(stored: str | None) -> str | None:
-    return next((name for name, dtype in STORED_DTYPES.items() if dtype == stored), None)
-
-
-def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> str | None:
-    """Refuse other names, shapes or dtypes; the dtype that all float tensors got, if any."""
-    converted = _only_dtype(after)
+def _check_same_tensors(before: Checkpoint, after: Checkpoint, row: Architecture) -> str | None:
+    """Refuse other names, shapes or dtypes; the dtype that the float tensors got, if any."""
+    converted = _only_dtype(after, row)
+    expected = {
+        name: entry.dtype if converted is None else new_dtype(entry, converted, row)
+        for name, entry in before.items()
+    }
     facts = [
-        {name: (_dtype_in(entry, converted), entry.shape) for name, entry in found.items()}
-        for found in (before, after)
+        {name: (dtype, before[name].shape) for name, dtype in expected.items()},
+        {name: (entry.dtype, entry.shape) for name, entry in after.items()},
     ]
     different = sorted(
         name for name in set(before) | set(after) if facts[0].get(name) != facts[1].get(name)
@@ -263,21 +266,23 @@ def _check_same_tensors(before: Checkpoint, after: Checkpoint) -> str | None:
     return converted if changed else None
 
 
-def _only_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype of all float tensors, None where they have several."""
-    found = {entry.dtype for entry in checkpoint.values()} & set(FOLDABLE_DTYPES)
-    return found.pop() if len(found) == 1 else None
+def _only_dtype(checkpoint: Checkpoint, row: Architecture) -> str | None:
+    """The torch dtype of all float tensors but those that stay wide in it, None for several."""
+    floats = [entry for entry in checkpoint.values() if entry.dtype in FOLDABLE_DTYPES]
+    for name, dtype in STORED_DTYPES.items():
+        found = {entry.dtype for entry in floats if not row.stays_wide(entry.name, name)}
+        if found == {dtype}:
+            return name
+    return None
 
 
-def _dtype_in(entry: TensorEntry, converted: str | None) -> str:
-    return converted if converted and entry.dtype in FOLDABLE_DTYPES else entry.dtype
-
-
-def _check_same_config(base: Path, after: Checkpoint, converted: str | None) -> None:
+def _check_same_config(
+    base: Path, after: Checkpoint, dtype: str | None, converted: bool
+) -> None:
     expected, found = (
         read_json(root / "config.json", ModelError, _WHOLE) for root in (base, after.root)
     )
-    named = name_dtype(expected, _torch_name(converted or _only_dtype(after)))
+    named = name_dtype(expected, dtype)
     # A base whose config names another dtype than it has is put right where one was asked for.
     if found != named and (converted or found != expected):
         raise VerificationError(f"{after.root}/config.json: differs from the base's")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from austeer.adapters._errors import OutputError, RouteError
-from austeer.adapters._files import publish_file
+from austeer.adapters._files import final_path, publish_file
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.exporter.copying import copy_file
 from austeer.exporter.fold import changed_values, fold_scales, fold_tensor
@@ -43,10 +43,9 @@ def merge_gguf(
         VerificationError: the written file is not the fold of the base.
     """
     check_gguf_output(out)
-    with publish_file(out) as work:
+    with publish_file(out, replace=False) as work:
         summary = write_folded_gguf(base, adapter, work, scale=scale, force=force)
         verify_gguf_structure(base, work, adapter, scale, touched_only=True)
-        check_gguf_output(out)  # another run may have been quicker
     return dataclasses.replace(summary, path=Path(out), files=(Path(out).name,))
 
 
@@ -83,7 +82,7 @@ def check_gguf_output(out: Path) -> None:
     """
     if not is_gguf(out):
         raise OutputError(f"{out}: a GGUF file comes out; expected a name that ends in .gguf")
-    if out.exists() or out.is_symlink():
+    if final_path(out).exists() or final_path(out).is_symlink():
         raise OutputError(f"{out}: expected a new file; remove it or choose another name")
 
 

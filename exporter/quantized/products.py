@@ -46,6 +46,11 @@ def quantized_base(options: BaseOptions, route: Route) -> Path | None:
                 f"{options.model}: a GGUF file can be folded into (merge) and nothing else; "
                 f"for route {route} give the checkpoint that it was converted from"
             )
+        if options.revision is not None:
+            raise RouteError(
+                f"{options.model}: revision {options.revision!r} is one of the Hub, this is a "
+                "local file; leave the revision out"
+            )
         return Path(options.model)
     if route is not Route.SAFETENSORS:
         return None
@@ -94,13 +99,11 @@ def write_quantized(
         else:
             notes = merge_checkpoint(base, adapter, out, seal=seal, **options).notes
         return _row(base, out, None, notes, started)
-    with publish_file(out) if gguf else publish_directory(out) as work:
+    with publish_file(out, replace=False) if gguf else publish_directory(out) as work:
         write = write_folded_gguf if gguf else write_folded
         summary = write(base, adapter, work, **options)
         report = _verify(base, work, adapter, handling.scale)
-        if gguf:
-            check_gguf_output(out)  # another run may have been quicker
-        else:
+        if not gguf:
             facts = ProductFacts(Route.SAFETENSORS, base, adapter, handling)
             (seal or Seal()).close_product(work, facts)
     return _row(base, out, report, summary.notes, started)

@@ -12,6 +12,7 @@ import pytest
 from austeer.adapters import OutputError
 from austeer.adapters._files import (
     check_output_free,
+    final_path,
     publish_directory,
     publish_file,
     write_json,
@@ -211,3 +212,67 @@ def test_the_mode_of_a_file_that_others_share_stays(tmp_path: Path, umask: int) 
     with publish_directory(tmp_path / "out") as work:
         os.link(shared, work / "linked")
     assert mode(shared) == 0o600
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty volume looks free, and can't be renamed over once all is done."""
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    for look in (check_output_free, lambda out: publish_directory(out).__enter__()):
+        with pytest.raises(OutputError, match=r"mount point.*volume/steered"):
+            look(tmp_path / "volume")
+    with publish_directory(tmp_path / "volume" / "steered"):
+        pass
+
+
+@pytest.mark.parametrize("spelled", ["missing/../taken", "link/../taken"])
+def test_what_is_checked_is_what_is_written(tmp_path: Path, spelled: str) -> None:
+    (tmp_path / "deep" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "folder")
+    place = tmp_path / ("deep" if spelled.startswith("link") else ".") / "taken"
+    out = tmp_path / spelled
+    assert final_path(out) == place.resolve()
+    place.write_text("precious")
+    with pytest.raises(OutputError, match="existing file"):
+        check_output_free(out)
+    place.unlink()
+    with publish_file(out) as work:
+        work.write_text("new")
+    assert place.read_text() == "new"
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_file_gives_way_only_where_it_may(tmp_path: Path, early: bool) -> None:
+    """Neither one that was there nor that of a run that was quicker."""
+    out = tmp_path / "file"
+    if early:
+        out.write_text("precious")
+    with (
+        pytest.raises(OutputError, match="expected a new file name, found an existing file"),
+        publish_file(out, replace=False) as work,
+    ):
+        assert not early
+        work.write_text("new")
+        out.write_text("precious")
+    assert out.read_text() == "precious" and list(tmp_path.iterdir()) == [out]
+    with publish_file(out) as work:
+        work.write_text("new")
+    assert out.read_text() == "new"
+
+
+def test_the_link_itself_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert final_path(tmp_path / "link").name == "link"
+
+
+def test_parents_that_were_made_go_again(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for publish in (publish_directory, publish_file):
+        with (
+            pytest.raises(ValueError, match="no"),
+            publish(tmp_path / "there" / "a" / "b" / "c"),
+        ):
+            raise ValueError("no")
+        assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

@@ -514,3 +514,90 @@ def test_product_that_is_not_steered(tmp_path: Path, base: Path, adapter: Path) 
     shutil.copytree(base, copy)
     arguments = ("verify", copy, "--base", base, "--adapter", adapter)
     assert refused(tmp_path, *arguments, says=()).exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("onnx", "--strength-input", "--scale", "0.5"), "the caller gives it"),
+        (("onnx", "--scale", "0", "--no-verify"), "nothing is steered at scale 0"),
+        (("onnx", "--scale", "1e39", "--no-verify"), "more than float32 holds"),
+        (("merge", "--code", "--scale", "1e39", "--no-verify"), "more than float32 holds"),
+    ],
+)
+def test_strengths_that_cannot_be(
+    tmp_path: Path, base: Path, adapter: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    command, *options = arguments
+    refused(
+        tmp_path, command, base, adapter, "-o", tmp_path / "a" / "b", *options, says=(says,)
+    )
+
+
+@pytest.mark.parametrize("minutes", ["inf", "nan", "1e9"])
+def test_a_timeout_that_is_none(tmp_path: Path, base: Path, pairs: Path, minutes: str) -> None:
+    for command in ("localize", "run"):
+        arguments = (command, base, pairs, "-o", tmp_path / "out", "--process-timeout", minutes)
+        refused(tmp_path, *arguments, says=("process timeout: expected minutes",))
+
+
+@pytest.mark.parametrize(
+    ("route", "changes", "says"),
+    [
+        ("onnx", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("code", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "brings code of its own"),
+    ],
+)
+def test_a_base_that_no_product_can_be_made_of_costs_no_fit(
+    tmp_path: Path,
+    base: Path,
+    pairs: Path,
+    route: str,
+    changes: dict[str, Any],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = base / "config.json"
+    known = json.loads(config.read_text())
+    known.pop("rope_parameters", None)
+    config.write_text(json.dumps(known | changes))
+    monkeypatch.setattr(
+        "austeer.exporter.run.localize", lambda *_, **__: pytest.fail("too late")
+    )
+    refused(tmp_path, *run(base, pairs, tmp_path, "--to", route), says=(says,))
+
+
+def test_a_state_folder_of_ones_own_stays(tmp_path: Path, base: Path, pairs: Path) -> None:
+    ranking, own = tmp_path / "ranking", tmp_path / "out.state" / "mine.safetensors"
+    own.parent.mkdir()
+    own.write_text("precious")
+    for arguments in (
+        ("localize", base, pairs, "-o", ranking, "--restart"),
+        ("fit", base, pairs, "-o", tmp_path / "out", "--ranking", ranking, "--restart",
+         "--strength", "oriented", "--kl-budget", "5"),
+    ):  # fmt: skip
+        CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert ranking.is_file() and own.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("merge", "BASE", "ADAPTER", "-o", "OUT", "--no-verify", "--pairs", "PAIRS"),
+        ("merge", "BASE", "ADAPTER", "-o", "OUT", "--no-verify", "--code",
+         "--dtype", "float32"),
+        ("peft", "ADAPTER", "BASE", "--as", "lora", "-o", "OUT", "--no-verify",
+         "--device", "cpu"),
+        ("verify", "BASE", "--base", "BASE", "--adapter", "ADAPTER", "--structure-only",
+         "--pairs", "PAIRS"),
+        ("show", "ADAPTER", "--dtype", "float32"),
+    ],
+)  # fmt: skip
+def test_options_without_effect(
+    tmp_path: Path, base: Path, adapter: Path, pairs: Path, arguments: tuple[str, ...]
+) -> None:
+    known = {"BASE": base, "ADAPTER": adapter, "OUT": tmp_path / "out", "PAIRS": pairs}
+    result = CliRunner().invoke(cli, [str(known.get(word, word)) for word in arguments])
+    assert result.exit_code == 2 and "Usage:" in result.stderr
+    assert "choose one" in result.stderr or "--base" in result.stderr
+    assert not (tmp_path / "out").exists()

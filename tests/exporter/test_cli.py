@@ -236,8 +236,10 @@ def test_product_that_fails_is_not_published(
     # A fold with the wrong factor: only a comparison with the live model can tell.
     fold = merge.fold_rows
 
-    def too_much(rows: np.ndarray[Any, Any], first: int, edits: Sequence[Any]) -> int:
-        changed = fold(rows, first, edits)
+    def too_much(
+        rows: np.ndarray[Any, Any], first: int, edits: Sequence[Any], file: Path
+    ) -> int:
+        changed = fold(rows, first, edits, file)
         rows *= 1.5
         return changed
 

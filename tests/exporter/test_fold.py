@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from austeer.adapters import RouteError
+from austeer.adapters import ModelError, RouteError
 from austeer.adapters.sites import Component, Site
 from austeer.exporter.fold import fold_rows, fold_scales, fold_tensor, round_once
 from austeer.exporter.plan import TensorEdit
@@ -126,10 +127,22 @@ def test_overflow_names_tensor_and_unit(dtype: Any, big: float) -> None:
         fold_tensor(weight, [edit(0, [2, 0], [-2.0, 1.0])])
 
 
-def test_infinities_of_the_base_are_not_the_folds_fault() -> None:
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_in_the_base_is_named(dtype: Any, value: float) -> None:
+    weight = random_weight((4, 5), dtype)
+    weight[3, 1] = value
+    with pytest.raises(ModelError, match=rf"m\.st: w: .* unit 1 hold {value}"):
+        fold_rows(weight[2:], 2, [edit(1, [0, 1], [2.0, 1.5])], Path("m.st"))
+    with pytest.raises(ModelError, match=rf"^w: .* unit 3 hold {value}"):
+        fold_rows(weight[2:], 2, [edit(0, [0, 3], [2.0, 1.5])])
+
+
+def test_what_is_not_finite_stays_where_nothing_is_steered() -> None:
     weight = random_weight((4, 5), np.float32)
     weight[0, 1] = np.inf
-    assert np.isinf(fold_tensor(weight, [edit(1, [1], [1.5])])[0, 1])
+    for edits in ([edit(1, [1, 2], [1.0, 2.0])], [edit(0, [1], [2.0])]):
+        assert np.isinf(fold_tensor(weight, edits)[0, 1])
 
 
 @pytest.mark.parametrize("cuts", [(1,), (3, 4), (5, 6, 9), tuple(range(1, 10))])

@@ -12,10 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from austeer.adapters import OutputError, SteeringAdapter
+from austeer.adapters.weights import Checkpoint
 from austeer.exporter import free_space
 from austeer.exporter.cli import cli
 from austeer.exporter.free_space import check_space, product_size, run_size
 from austeer.exporter.routes import Route
+from austeer.exporter.settings import StoredAs
 
 
 @pytest.fixture
@@ -142,6 +144,27 @@ def test_a_run_needs_what_its_products_need(
         rest = run_size((route,), base, 8) - alone
         own = sum(tensor.nbytes for tensor in adapter.tensors().values())
         assert rest >= product_size(route, base, adapter) - own
+
+
+def test_no_run_steers_more_units_than_there_are(saved_model: Callable[..., Path]) -> None:
+    base = saved_model("llama")
+    most = run_size((Route.LORA,), base, 20_000_000)
+    # down_proj: 48 inputs and 32 outputs, in two layers.
+    assert most == run_size((Route.LORA,), base, 2 * 80) < 3_000_000
+
+
+def test_a_tensor_that_keeps_its_dtype_needs_its_room(
+    saved_model: Callable[..., Path], tiny_model: Callable[..., Any]
+) -> None:
+    base = saved_model("deepseek_v3")
+    made = SteeringAdapter.from_units(tiny_model("deepseek_v3"), "ffn", [0], [3], [1.0])
+    half, whole = (
+        product_size(Route.SAFETENSORS, base, made, stored=StoredAs(dtype=dtype))
+        for dtype in ("bfloat16", "float32")
+    )
+    entries = Checkpoint(base).values()
+    kept = sum(entry.size for entry in entries if "e_score" in entry.name)
+    assert kept and whole - half == (sum(entry.size for entry in entries) - kept) // 2
 
 
 def test_a_run_asks_before_the_model(

@@ -187,7 +187,7 @@ def test_other_dtypes_keep_their_bytes_and_notes(tmp_path: Path) -> None:
         "w": np.ones((3, 3), np.float16),
     }
     save_file(values, base / "model.safetensors", metadata={"format": "pt", "note": "kept"})
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama"}')
     rewrite_checkpoint(Checkpoint(base), out, {}, StoredAs(dtype="bfloat16"))
     found, before = Checkpoint(out), Checkpoint(base)
     assert {name: entry.dtype for name, entry in found.items()} == {

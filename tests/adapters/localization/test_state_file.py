@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from austeer.adapters import Component, FitError
 from austeer.adapters.localization.momentum import MomentumCounter
-from austeer.adapters.localization.state_file import Purpose, StatePart, _checksum, write_state
+from austeer.adapters.localization.state_file import (
+    Purpose,
+    StatePart,
+    _checksum,
+    discard_state,
+    state_files,
+    state_name,
+    write_state,
+)
 from austeer.adapters.tensors import Tensors, read_tensors, write_tensors
 
 PURPOSE = Purpose({"pairs": "sha256:1"}, pairs=12, token_budget=100)
@@ -109,3 +117,22 @@ def test_changed_files(path: Path, data: st.DataObject) -> None:
         assert str(error).isprintable()
     else:
         assert 0 <= found.count <= 12
+
+
+def test_only_files_of_a_state_are_discarded(tmp_path: Path) -> None:
+    ours = [state_name(0), state_name(12), f".{state_name(1)}.partial-x1"]
+    foreign = [
+        "model.safetensors",
+        "mine.txt",
+        ".model.safetensors.partial-x1",
+        "0-ab.safetensors",
+    ]
+    for name in (*ours, *foreign):
+        (tmp_path / name).write_text("x")
+    assert {path.name for path in state_files(tmp_path)} == set(ours[:2])
+    discard_state(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(foreign)
+    for name in foreign:
+        (tmp_path / name).unlink()
+    discard_state(tmp_path)
+    assert not tmp_path.exists()
