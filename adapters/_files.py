@@ -25,8 +25,9 @@ def final_path(out: Path) -> Path:
     What is checked and what is written must be the same place, however it was spelled.
     """
     if out.name in ("", ".."):
-        return out.resolve()
-    return out.parent.resolve() / out.name
+        return Path(os.path.realpath(out))
+    # Not resolve(), which raises where links lead in a circle.
+    return Path(os.path.realpath(out.parent)) / out.name
 
 
 def check_output_free(out: Path, expected: str = "a new or empty directory") -> None:
@@ -127,7 +128,8 @@ def publish_file(out: Path, *, replace: bool = True) -> Iterator[Path]:
 @contextmanager
 def _parents(out: Path) -> Iterator[None]:
     """Make the folders above `out`; those that it made go again where the work fails."""
-    missing = [folder for folder in out.parents if not folder.exists()]
+    with _as_output_error(out):
+        missing = [folder for folder in out.parents if not folder.exists()]
     try:
         with _as_output_error(out):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -231,6 +233,7 @@ def _filesystem_refusal(error: BaseException) -> str | None:
         errno.EEXIST: "a file is in the way; choose another place",
         errno.ENOTEMPTY: "something else was written there meanwhile; choose another place",
         errno.ENAMETOOLONG: "the name is too long; choose another",
+        errno.ELOOP: "the links on its way lead in a circle; choose another place",
         errno.EBUSY: "it is in use, as a mount point is; name a directory in it",
         errno.EXDEV: "it is on another filesystem than its parent; name a directory in it",
     }

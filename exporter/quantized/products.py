@@ -6,6 +6,7 @@ scale or value is the base's times its gain within one rounding, all else is the
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,7 @@ def quantized_base(options: BaseOptions, route: Route) -> Path | None:
                 f"{options.model}: a GGUF file can be folded into (merge) and nothing else; "
                 f"for route {route} give the checkpoint that it was converted from"
             )
-        if options.revision is not None:
-            raise RouteError(
-                f"{options.model}: revision {options.revision!r} is one of the Hub, this is a "
-                "local file; leave the revision out"
-            )
+        _refuse_loading(options)
         return Path(options.model)
     if route is not Route.SAFETENSORS:
         return None
@@ -59,6 +56,17 @@ def quantized_base(options: BaseOptions, route: Route) -> Path | None:
     folder = model_directory(options.model, options.revision)
     config = folder / "config.json"
     return folder if config.is_file() and quantization_of(folder) is not None else None
+
+
+def _refuse_loading(options: BaseOptions) -> None:
+    """Refuse what says how to find and load a model: a GGUF file is one, and is not loaded."""
+    default = BaseOptions(model=options.model, dtype=options.dtype)
+    for field in dataclasses.fields(options):
+        if getattr(options, field.name) != getattr(default, field.name):
+            raise RouteError(
+                f"{options.model}: a GGUF file is folded as it is, no model is loaded; leave "
+                f"out {field.name}"
+            )
 
 
 def write_quantized(

@@ -267,6 +267,17 @@ def test_the_link_itself_is_not_followed(tmp_path: Path) -> None:
     assert final_path(tmp_path / "link").name == "link"
 
 
+def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for publish in (publish_directory, publish_file):
+        with (
+            pytest.raises(OutputError, match="cannot write the output"),
+            publish(tmp_path / "circle" / "out"),
+        ):
+            pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "circle"]
+
+
 def test_parents_that_were_made_go_again(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for publish in (publish_directory, publish_file):

@@ -568,16 +568,20 @@ def test_a_base_that_no_product_can_be_made_of_costs_no_fit(
 
 
 def test_a_state_folder_of_ones_own_stays(tmp_path: Path, base: Path, pairs: Path) -> None:
-    ranking, own = tmp_path / "ranking", tmp_path / "out.state" / "mine.safetensors"
-    own.parent.mkdir()
-    own.write_text("precious")
+    ranking, folder = tmp_path / "ranking", tmp_path / "out.state"
+    # The second is of a run without a ranking that was stopped.
+    files = [folder / "mine.safetensors", folder / "0-0123abcd.safetensors"]
+    folder.mkdir()
+    for file in files:
+        file.write_text("precious")
     for arguments in (
         ("localize", base, pairs, "-o", ranking, "--restart"),
         ("fit", base, pairs, "-o", tmp_path / "out", "--ranking", ranking, "--restart",
          "--strength", "oriented", "--kl-budget", "5"),
     ):  # fmt: skip
         CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert ranking.is_file() and own.read_text() == "precious"
+    assert ranking.is_file() and (tmp_path / "out").is_dir()
+    assert [file.read_text() for file in files] == ["precious"] * 2
 
 
 @pytest.mark.parametrize(

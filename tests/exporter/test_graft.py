@@ -359,7 +359,8 @@ def test_strength_as_an_input(
     scale_as: str, own_base: Any, adapter_folder: Adapters, tmp_path: Path
 ) -> None:
     base, adapter = own_base(), adapter_folder("llama", "ffn", 1)
-    job(base, adapter, tmp_path / "out", scale=0.5, scale_as=scale_as)
+    default = 0.5 if scale_as == "optional" else 1.0
+    job(base, adapter, tmp_path / "out", scale=default, scale_as=scale_as)
     plain = logits(base)
     assert np.array_equal(logits(tmp_path / "out", scale=0.0), plain)
     for scale in (0.5, -1.0):
@@ -693,7 +694,7 @@ def test_a_graft_that_fails_its_proof_leaves_nothing(
     base = own_base()
     before = content(tmp_path), sorted(tmp_path.rglob("*"))
     with pytest.raises(VerificationError, match="no effect"):
-        job(base, adapter_folder(), tmp_path / out, scale=0.0)
+        job(base, adapter_folder(), tmp_path / out, scale=1e-9)
     assert (content(tmp_path), sorted(tmp_path.rglob("*"))) == before
 
 

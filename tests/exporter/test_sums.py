@@ -103,6 +103,14 @@ def test_dot_files_that_tools_leave_are_no_difference(folder: Path) -> None:
     assert require_sums(folder) == 3
 
 
+def test_dot_files_are_not_sealed(folder: Path) -> None:
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    write_sums(folder)
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/other")
+    assert require_sums(folder) == 3
+
+
 def test_links_of_a_download_cache_are_followed(folder: Path, tmp_path: Path) -> None:
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         blob = tmp_path / path.name

@@ -250,6 +250,26 @@ def test_quantized_weights_keep_their_files(
     assert "one GGUF file of the same types" in text
 
 
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (("--revision", "main"), "revision"),
+        (("--device", "cuda"), "device"),
+        (("--trust-remote-code",), "trust_remote_code"),
+    ],
+)
+def test_a_gguf_file_is_not_loaded(
+    gguf_base: Path,
+    adapter: Callable[[str], str],
+    tmp_path: Path,
+    option: tuple[str, ...],
+    name: str,
+) -> None:
+    out = tmp_path / "o.gguf"
+    text = refused(run("merge", gguf_base, adapter("ffn"), "-o", out, *option))
+    assert f"leave out {name}" in text and not out.exists()
+
+
 @pytest.mark.parametrize("options", [(), ("--no-verify",)])
 def test_a_full_disk_is_said_before_anything_is_written(
     gguf_base: Path,
