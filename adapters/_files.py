@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ def publish_directory(out: Path) -> Iterator[Path]:
     check_output_free(out)
     out = final_path(out)
     with _parents(out), _as_output_error(out):
-        remove_leftovers(out)
-        work, lock = locked_directory(out)
+        work, lock = _claimed(out, locked_directory)
         try:
             yield work
             _sync_tree(work)
@@ -104,8 +103,7 @@ def publish_file(out: Path, *, replace: bool = True) -> Iterator[Path]:
     if not replace:
         check_output_free(out, _NEW_FILE)
     with _parents(out), _as_output_error(out):
-        remove_leftovers(out)
-        work, lock = locked_file(out)
+        work, lock = _claimed(out, locked_file)
         try:
             yield work
             work.chmod(0o666 & ~_umask())
@@ -131,14 +129,22 @@ def _parents(out: Path) -> Iterator[None]:
     with _as_output_error(out):
         missing = [folder for folder in out.parents if not folder.exists()]
     try:
-        with _as_output_error(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _claimed(out: Path, make: Callable[[Path], tuple[Path, int]]) -> tuple[Path, int]:
+    """A locked temporary beside `out`, whose folder another run may remove as it fails."""
+    for _ in range(3):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        with suppress(FileNotFoundError):
+            return make(out)
+    raise OutputError(f"{out.parent}: goes away again; is another run removing it?")
 
 
 def read_json(path: Path, error: type[AusteerError], remedy: str) -> dict[str, Any]:
@@ -233,6 +239,7 @@ def _filesystem_refusal(error: BaseException) -> str | None:
         errno.EEXIST: "a file is in the way; choose another place",
         errno.ENOTEMPTY: "something else was written there meanwhile; choose another place",
         errno.ENAMETOOLONG: "the name is too long; choose another",
+        errno.EISDIR: "a directory is in the way; choose another place",
         errno.ELOOP: "the links on its way lead in a circle; choose another place",
         errno.EBUSY: "it is in use, as a mount point is; name a directory in it",
         errno.EXDEV: "it is on another filesystem than its parent; name a directory in it",

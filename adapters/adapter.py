@@ -21,6 +21,7 @@ from austeer.adapters.fingerprint import (
     module_reader,
     weights_stamp,
 )
+from austeer.adapters.model_directory import adapter_directory
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.steered_site import SteeredSite, check_sites, read_sites, site_tensors
 
@@ -133,7 +134,7 @@ class SteeringAdapter:
         Raises:
             AdapterError: not an adapter, malformed, unknown version or key.
         """
-        folder = _local_folder(str(name_or_path), revision)
+        folder = adapter_directory(str(name_or_path), revision)
         config, sites = AdapterConfig.load(folder), read_sites(folder / WEIGHTS_NAME)
         try:
             return cls(config, sites)
@@ -237,7 +238,12 @@ class SteeringAdapter:
             try:
                 self.check_base(module_reader(model), layers, force)
             except AdapterError as error:
-                raise _with_reason(error, model) from error
+                if str(model.dtype) != "torch.float16":
+                    raise
+                raise AdapterError(
+                    f"{error}. It is in float16, which may have changed its weights: load it "
+                    "in float32 or bfloat16"
+                ) from error
             if not force:
                 self._checked[model] = stamp
         with (
@@ -253,20 +259,7 @@ class SteeringAdapter:
         ]
         if factor == 1.0:
             return SteeringAdapter(self.config, sites)
-        config, factor = self.config, float(factor)
-        fit = {k: v for k, v in config.fit.items() if k not in ("validation", "test")}
-        alpha = None if config.alpha is None else config.alpha * factor
-        changed = dataclasses.replace(config, alpha=alpha, fit=fit | {"scaled_by": factor})
-        return SteeringAdapter(changed, sites)
-
-
-def _with_reason(error: AdapterError, model: PreTrainedModel) -> AdapterError:
-    if str(model.dtype) != "torch.float16":
-        return error
-    return AdapterError(
-        f"{error}. It is in float16, which may have changed its weights: load it in float32 or "
-        "bfloat16"
-    )
+        return SteeringAdapter(self.config.scaled(float(factor)), sites)
 
 
 def _check_consistent(config: AdapterConfig, sites: Sequence[SteeredSite]) -> None:
@@ -296,31 +289,3 @@ def _component(name: str | Component) -> Component:
     except ValueError:
         names = ", ".join(component.value for component in Component)
         raise SiteError(f"component {name!r}: expected one of {names}") from None
-
-
-def _local_folder(name: str, revision: str | None) -> Path:
-    if Path(name).is_dir():
-        if revision is not None:
-            raise AdapterError(
-                f"{name}: revision {revision!r} is one of the Hub, this is a local folder; "
-                "leave the revision out"
-            )
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise AdapterError(
-            f"{name}: expected an adapter directory or a Hub id (owner/name), found neither"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]
-            )
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{name}: no such directory, and the Hub did not give it ({type(error).__name__}); "
-            "check the name and the network"
-        ) from error

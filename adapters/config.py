@@ -22,6 +22,10 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 PEFT_TYPE = "AUSTEER"
 
+# What `fit` holds of figures, and what a combined one holds besides.
+_MEASURED = ("validation", "test")
+_JOINED = ("adapters", "overlaps", "conflicts")
+
 E = TypeVar("E", bound=StrEnum)
 
 
@@ -179,6 +183,19 @@ class AdapterConfig:
     def save(self, folder: Path) -> None:
         """Write `adapter_config.json` into `folder`."""
         write_json(folder / CONFIG_NAME, self.as_dict())
+
+    def scaled(self, factor: float) -> AdapterConfig:
+        """That of an adapter whose every γ is `factor` times as large.
+
+        What was measured was measured at another strength, and is left out.
+        """
+        fit = {key: found for key, found in self.fit.items() if key not in _MEASURED}
+        if isinstance(joined := fit.get("combined"), dict):
+            fit["combined"] = {key: joined[key] for key in _JOINED if key in joined}
+        before = fit.get("scaled_by", 1.0)
+        fit["scaled_by"] = factor * (before if is_finite(before) else 1.0)
+        alpha = None if self.alpha is None else self.alpha * factor
+        return dataclasses.replace(self, alpha=alpha, fit=fit)
 
     def as_dict(self) -> dict[str, Any]:
         """Content of `adapter_config.json`."""

@@ -54,7 +54,12 @@ def check_bare(model: nn.Module, purpose: str) -> None:
     check_module(model, purpose)
     from austeer.adapters.attach import is_transformed
 
-    if _attached.get(_original(model)) or is_transformed(model):
+    if is_transformed(model) and not _attached.get(_original(model)):
+        raise ModelError(
+            f"{purpose}: the model was copied while an adapter was attached, and stays "
+            "steered; copy it outside of that context"
+        )
+    if _attached.get(_original(model)):
         raise ModelError(
             f"{purpose}: an adapter is attached to the model, which would be taken for its "
             "base; leave that context first"

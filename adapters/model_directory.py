@@ -1,4 +1,4 @@
-"""Where a model's files are: a local directory, or a snapshot from the Hub. No torch.
+"""Where a model's or adapter's files are: a local directory, or a Hub snapshot. No torch.
 
 And whether its config can belong to its weights, as far as their headers tell.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
-from austeer.adapters._errors import ModelError
+from austeer.adapters._errors import AdapterError, ModelError
 from austeer.adapters.architectures import Architecture
 
 _SUFFIXES = ("bpe", "json", "model", "safetensors", "spm", "tiktoken", "txt", "vocab")
@@ -55,6 +55,39 @@ def model_directory(
             f"{'a file' if Path(name).is_file() else 'nothing there'}; check the path"
         )
     return _snapshot(name, revision, code)
+
+
+def adapter_directory(name: str, revision: str | None = None) -> Path:
+    """The directory of an adapter, as `model_directory` gives that of a model.
+
+    Raises:
+        AdapterError: neither a directory nor on the Hub, or a revision of a directory.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise AdapterError(
+                f"{name}: revision {revision!r} is one of the Hub, this is a local folder; "
+                "leave the revision out"
+            )
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise AdapterError(
+            f"{name}: expected an adapter directory or a Hub id (owner/name), found neither"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{name}: no such directory, and the Hub did not give it ({type(error).__name__}); "
+            "check the name and the network"
+        ) from error
 
 
 def check_num_layers(

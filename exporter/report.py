@@ -16,6 +16,7 @@ from austeer.exporter.markdown import report_markdown
 
 REPORT_JSON = "report.json"
 REPORT_MARKDOWN = "report.md"
+_FEW_PROMPTS = 5
 _NOTABLE_FLUENCY = 1.3  # where no limit was set
 
 
@@ -96,6 +97,11 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         found.append("The validation split improved, the test margin did not: do not use this.")
     elif _not_above(test.get("margin_gain_ci95"), 0.0):
         found.append("The interval of the test margin's gain reaches 0: it may be chance.")
+    if _above(_FEW_PROMPTS, test.get("prompts")):
+        found.append(
+            f"The test pairs have {test['prompts']} different prompts: the intervals say "
+            "little of others."
+        )
     if _above(test.get("base_accuracy"), test.get("accuracy")):
         found.append("Test accuracy fell.")
     if _above(test.get("kl"), budget):

@@ -144,7 +144,7 @@ def check_gains(
     Raises:
         RouteError: as said.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         gains = [s.gamma * np.float32(scale) for one in adapters for s in one.sites]
     if not all(np.isfinite(gain).all() for gain in gains):
         raise RouteError(f"scale {scale:g}: a gain is more than float32 holds; lower it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -60,15 +61,22 @@ def save_model(model: ir.Model, path: Path, *, limit: int = SINGLE_FILE_LIMIT) -
     for taken in (path, data) if split else (path,):
         if taken.exists():
             raise OutputError(f"{taken}: exists already; remove it or choose another name")
+    made = data if split else None
+    # Inside as well: an empty folder that the publishing made goes only without it.
+    with _removed_on_failure(made), publish_file(path) as work, _removed_on_failure(made):
+        # The IR moves initializers into a data file, and no constants.
+        _embed_foreign(model, path, initializers=not split)
+        ir.save(model, work, format="protobuf", external_data=data.name if split else None)
+        _check(work, path, model.meta.get(_SOURCE))
+
+
+@contextmanager
+def _removed_on_failure(path: Path | None) -> Iterator[None]:
     try:
-        with publish_file(path) as work:
-            # The IR moves initializers into a data file, and no constants.
-            _embed_foreign(model, path, initializers=not split)
-            ir.save(model, work, format="protobuf", external_data=data.name if split else None)
-            _check(work, path, model.meta.get(_SOURCE))
+        yield
     except BaseException:
-        if split:
-            data.unlink(missing_ok=True)
+        if path is not None:
+            path.unlink(missing_ok=True)
         raise
 
 

@@ -67,7 +67,7 @@ def choose_layout(
     if reason is not None:
         notice.warning("pairs are neither packed nor shared: %s", reason)
         return "plain"
-    reason = _trial(model, [*tokens, *_beyond_window(model, tokens)], "packed")
+    reason = _trial(model, tokens, "packed", _beyond_window(model, tokens))
     if reason is None:
         return "packed"
     notice.warning("pairs are not packed: %s", reason)
@@ -173,7 +173,7 @@ def _beyond_window(model: PreTrainedModel, tokens: Sequence[PairTokens]) -> list
     path = longest.path()
     length = min(limit, 2 * window + 2) - 1
     prefix = (path * (1 + length // len(path)))[:length]
-    return [PairTokens(prefix, longest.positive[:1], longest.negative[:1], longest.where)]
+    return [PairTokens(prefix, longest.positive[-1:], longest.negative[-1:], longest.where)]
 
 
 def _probe(tokens: Sequence[PairTokens]) -> list[PairTokens]:
@@ -187,9 +187,21 @@ def _probe(tokens: Sequence[PairTokens]) -> list[PairTokens]:
     return [tokens[number] for number in dict.fromkeys((longest, shared, smallest))]
 
 
-def _trial(model: PreTrainedModel, tokens: Sequence[PairTokens], layout: Layout) -> str | None:
-    """Why `layout` does not give `model` the activations of plain rows, on a few pairs."""
-    probe = _probe(tokens)
+def _trial(
+    model: PreTrainedModel,
+    tokens: Sequence[PairTokens],
+    layout: Layout,
+    more: Sequence[PairTokens] = (),
+) -> str | None:
+    """Why `layout` does not give `model` the activations of plain rows.
+
+    Args:
+        model: the model.
+        tokens: pairs, of which a few are tried.
+        layout: what is tried.
+        more: pairs that are tried besides.
+    """
+    probe = [*_probe(tokens), *more]
     if not probe:
         return None
     try:

@@ -70,14 +70,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         module.training = False
     try:
         # Activations are those of the dtype that the weights are in.
-        with _without_autocast(next(model.parameters()).device.type):
+        with _without_autocast(model):
             yield
     finally:
         for module in training:
             module.training = True
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def _without_autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    first = next(model.parameters(), None)
+    device = "cpu" if first is None else first.device.type
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)

@@ -29,7 +29,7 @@ from austeer.adapters.architectures import architecture_of, text_config
 from austeer.adapters.attach import SiteSteer, steering_hooks, text_decoder, transformed
 from austeer.adapters.composition.combined import check_base
 from austeer.adapters.fingerprint import ReadTensor
-from austeer.adapters.live_model import check_bare
+from austeer.adapters.live_model import check_bare, check_tokenizer
 from austeer.adapters.measurement.neutral import TokenText, sample_neutral
 from austeer.adapters.sites import Site
 from austeer.adapters.steered_site import SteeredSite
@@ -117,6 +117,7 @@ def analyze_units(
         ModelError: a model that is steered or compiled.
     """
     check_bare(model, "analyze")
+    check_tokenizer(tokenizer, "analyze")
     given: dict[str, object] = {
         "units": units, "tokens": tokens, "sequences": sequences, "length": length,
     }  # fmt: skip

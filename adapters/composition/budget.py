@@ -17,11 +17,11 @@ from austeer.adapters._progress import Progress
 from austeer.adapters.activations.reading import evaluating
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.attach import steering_hooks
-from austeer.adapters.composition.combined import OnOverlap, combine
+from austeer.adapters.composition.combined import OnOverlap, check_adapters, combine
 from austeer.adapters.composition.contributions import checked_weights
 from austeer.adapters.fingerprint import ReadTensor
 from austeer.adapters.fitting.candidates import HEADROOM
-from austeer.adapters.live_model import check_bare
+from austeer.adapters.live_model import check_bare, check_tokenizer
 from austeer.adapters.measurement.evaluate import KLMeter
 from austeer.adapters.measurement.measure import Share, as_report
 from austeer.adapters.pairs import ContrastivePair
@@ -82,6 +82,8 @@ def combine_within_budget(
         ModelError: a model that is steered or compiled.
     """
     check_bare(model, "combine")
+    check_tokenizer(tokenizer, "combine")
+    check_adapters(adapters)
     _check_budget(kl_budget)
     given = checked_weights(weights, len(adapters))
     joined = partial(
@@ -89,18 +91,21 @@ def combine_within_budget(
     )
     whole = joined(given)
 
-    def share(number: int, some: Sequence[ContrastivePair] = ()) -> Share:
-        own: Any = {"seed": _FRESH + 2 * seed + number, "batch_size": batch_size}
+    def share(
+        number: int, some: Sequence[ContrastivePair] = (), like: Share | None = None
+    ) -> Share:
+        own: Any = {"seed": _FRESH + 2 * seed + number, "batch_size": batch_size, "like": like}
         return Share(model, tokenizer, some, sequences=sequences, length=length, **own)
 
     with evaluating(model):
-        kl = partial(_mean_kl, share(0).meter, model, whole)
+        first = share(0)
+        kl = partial(_mean_kl, first.meter, model, whole)
         factor = largest_factor(kl, kl_budget * HEADROOM, progress)
         made = whole if factor == 1.0 else joined([factor * weight for weight in given])
         alone = [one.scaled(weight) for one, weight in zip(adapters, given, strict=True)]
-        figures = _side_effects(share(1), model, made, whole, alone)
+        figures = _side_effects(share(1, like=first), model, made, whole, alone)
         figures["behaviours"] = {
-            name: _behaviour(share(1, some), model, made, alone)
+            name: _behaviour(share(1, some, first), model, made, alone)
             for name, some in (pairs or {}).items()
         }
     return _reported(made, kl_budget, factor, figures)

@@ -58,7 +58,7 @@ def combine(
             finite number an adapter, or an overlap that `on_overlap` refuses.
         SiteError: the model has not every steered unit, or a weighted γ is not finite.
     """
-    _check_adapters(adapters)
+    check_adapters(adapters)
     names = _names(adapters, names)
     factors = checked_weights(weights, len(adapters))
     if on_overlap not in get_args(OnOverlap):
@@ -123,7 +123,12 @@ def _strength(adapters: Sequence[SteeringAdapter]) -> Strength:
     return kinds.pop() if len(kinds) == 1 else Strength.FITTED
 
 
-def _check_adapters(adapters: Sequence[SteeringAdapter]) -> None:
+def check_adapters(adapters: Sequence[SteeringAdapter]) -> None:
+    """Refuse what is no list of adapters, or an empty one.
+
+    Raises:
+        AdapterError: as said.
+    """
     listed = isinstance(adapters, Sequence) and not isinstance(adapters, str)
     others = [one for one in adapters if not isinstance(one, SteeringAdapter)] if listed else []
     if not listed or others:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from austeer.adapters._errors import FitError, ModelError, NoEffectError
+from austeer.adapters._errors import FitError, NoEffectError
 from austeer.adapters._progress import Progress, silent
 from austeer.adapters.activations.reading import evaluating
 from austeer.adapters.adapter import SteeringAdapter
@@ -23,6 +23,12 @@ from austeer.adapters.architectures import architecture_of
 from austeer.adapters.attach import steering_hooks
 from austeer.adapters.config import Strength
 from austeer.adapters.fitting.candidates import Candidate, FitOptions, best_of
+from austeer.adapters.fitting.checks import (
+    check_enough,
+    check_trainable,
+    chosen_components,
+    chosen_strength,
+)
 from austeer.adapters.fitting.outcome import no_effect_reason, selected_facts
 from austeer.adapters.fitting.search import find_candidates
 from austeer.adapters.live_model import check_bare, check_tokenizer
@@ -36,8 +42,6 @@ from austeer.adapters.measurement.measure import (
 )
 from austeer.adapters.pairs import ContrastivePair, check_pairs, pairs_digest, render_pairs
 from austeer.adapters.sites import Component
-
-_LEAST_VALIDATION = 5  # pairs below which choosing is left to chance
 
 
 def fit_strength(
@@ -101,12 +105,13 @@ def fit_strength(
             "gives one"
         )
     options = FitOptions(
-        strength=_strength(strength), components=_components(components, ranking, model),
+        strength=chosen_strength(strength),
+        components=chosen_components(components, ranking, model),
         kl_budget=kl_budget, max_units=max_units, fluency_limit=fluency_limit, rank=rank,
         keep_sign=keep_sign, seed=seed, batch_size=batch_size, steps=steps,
     )  # fmt: skip
     if options.strength.trained:
-        _check_trainable(model)
+        check_trainable(model)
     test = None if test_pairs is None else render_pairs(test_pairs, tokenizer)
     splits = make_splits(render_pairs(pairs, tokenizer), test, seed)
     if neutral_text is not None:
@@ -145,23 +150,26 @@ class Fitter:
         self._progress = progress or silent
         self._architecture = architecture_of(model.config.model_type)
         ranking.check_model(model)
-        _check_enough(splits)
-        sizes = {
-            "sequences": options.neutral_sequences,
-            "length": options.neutral_length,
-            "batch_size": options.batch_size,
-        }
+        check_enough(splits)
         # Three samples of neutral text: one to train on, one to choose by, one to report.
-        self._fit, self._validation, self._test = (
-            Share(
-                model,
-                tokenizer,
-                part,
-                seed=3 * options.seed + number,
-                whole=splits.whole(part),
-                **sizes,
-            )
-            for number, part in enumerate((splits.fit, splits.validation, splits.test))
+        self._validation = self._share(splits.validation, 1)
+        self._fit = self._share(splits.fit, 0, self._validation)
+        self._test = self._share(splits.test, 2, self._validation)
+
+    def _share(
+        self, part: list[ContrastivePair], number: int, like: Share | None = None
+    ) -> Share:
+        options = self._options
+        return Share(
+            self._model,
+            self._tokenizer,
+            part,
+            seed=3 * options.seed + number,
+            sequences=options.neutral_sequences,
+            length=options.neutral_length,
+            batch_size=options.batch_size,
+            whole=self._splits.whole(part),
+            like=like,
         )
 
     def run(
@@ -240,6 +248,7 @@ class Fitter:
                 "sequences": options.neutral_sequences,
                 "length": options.neutral_length,
                 "test_tokens": int(self._test.neutral.valid.sum()),
+                "end_tokens": self._test.neutral.ends,
                 "source": "sampled from the base model",
             },
             "steps": options.steps if options.strength.trained else 0,
@@ -265,48 +274,6 @@ def _localized(
 ) -> Ranking:
     """A ranking of the fit split: what chooses and what reports must not be seen by it."""
     return localize(model, tokenizer, splits.fit, options.components)
-
-
-def _strength(name: Strength | str) -> Strength:
-    try:
-        return Strength.ADAPTIVE if name == "auto" else Strength(name)
-    except ValueError:
-        known = ", ".join(strength.value for strength in Strength)
-        raise FitError(f"strength {name!r}: expected auto, {known}") from None
-
-
-def _components(
-    names: str | Sequence[Component | str] | None,
-    ranking: Ranking | None,
-    model: PreTrainedModel,
-) -> tuple[Component, ...]:
-    row = architecture_of(model.config.model_type)
-    known = tuple(row.components if ranking is None else ranking.components)
-    names = [names] if isinstance(names, str) else names
-    wanted = tuple(dict.fromkeys(names)) if names else known
-    for name in wanted:
-        if name not in known:
-            where = "the ranking has" if ranking is not None else "expected"
-            raise FitError(f"component {name!s}: {where} {', '.join(known)}; localize it first")
-    return tuple(Component(name) for name in wanted)
-
-
-def _check_enough(splits: Splits) -> None:
-    """Refuse to choose by so few pairs that chance would choose."""
-    found = len(splits.validation)
-    if found < _LEAST_VALIDATION:
-        raise FitError(
-            f"pairs: {found} are left for validation, at least {_LEAST_VALIDATION} are needed; "
-            f"give {5 * _LEAST_VALIDATION} pairs or more"
-        )
-
-
-def _check_trainable(model: PreTrainedModel) -> None:
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ModelError(
-            "fit: the model was made under torch.inference_mode(), where nothing can be "
-            "trained; load it outside"
-        )
 
 
 def _finite(value: float) -> float | None:

@@ -116,6 +116,8 @@ class Share:
         length: tokens of each.
         batch_size: pairs or texts per forward pass.
         whole: all pairs of which these are some, None where these are all.
+        like: the share whose neutral text decides whether end tokens are drawn in this one's:
+            what a budget is kept on and reported on must be text of one kind.
     """
 
     def __init__(
@@ -129,12 +131,17 @@ class Share:
         length: int,
         batch_size: int,
         whole: Sequence[ContrastivePair] | None = None,
+        like: Share | None = None,
     ) -> None:
         self.pairs = list(pairs)
-        self._groups = group_keys(self.pairs, whole)
+        keys = group_keys(self.pairs, whole)
+        self._prompts = len(set(keys))
+        # One group has no interval: over its pairs, it is one for that prompt.
+        self._groups = keys if self._prompts > 1 else [pair.content for pair in self.pairs]
         self._model, self._tokenizer = model, tokenizer
         self._seed, self._batch_size = seed, batch_size
         self._sequences, self._length = sequences, length
+        self._like = like
 
     @cached_property
     def tokens(self) -> list[PairTokens]:
@@ -177,6 +184,7 @@ class Share:
             sequences=self._sequences,
             length=length,
             seed=self._seed,
+            ends=None if self._like is None else self._like.neutral.ends,
         )
 
     @cached_property
@@ -238,7 +246,7 @@ class Share:
             "fluency": self.probe.measure(steered),
         }
         # Intervals are those over prompts: of few they say little.
-        counts = {"pairs": len(self.pairs), "prompts": len(set(self._groups))}
+        counts = {"pairs": len(self.pairs), "prompts": self._prompts}
         return counts | as_report(measured)
 
     @cached_property

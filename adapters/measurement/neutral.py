@@ -24,17 +24,19 @@ class TokenText:
     Attributes:
         input_ids: token ids.
         valid: True where a token is real.
+        ends: whether an end token could be drawn, of a sample.
     """
 
     input_ids: Int[Tensor, "n length"]
     valid: Bool[Tensor, "n length"]
+    ends: bool = True
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def rows(self, chosen: slice | Sequence[int] | Tensor) -> TokenText:
         """Some of the sequences."""
-        return TokenText(self.input_ids[chosen], self.valid[chosen])
+        return TokenText(self.input_ids[chosen], self.valid[chosen], self.ends)
 
 
 def sample_neutral(
@@ -44,6 +46,7 @@ def sample_neutral(
     sequences: int = 96,
     length: int = 96,
     seed: int = 0,
+    ends: bool | None = None,
 ) -> TokenText:
     """Sample text from the model itself at temperature 1, from its start token.
 
@@ -57,6 +60,7 @@ def sample_neutral(
         sequences: number of texts.
         length: tokens of each at most, the first included.
         seed: of the noise; equal seeds give equal text.
+        ends: whether end tokens may be drawn; None for as said.
 
     Raises:
         ModelError: the model does not know the start token.
@@ -70,8 +74,8 @@ def sample_neutral(
     else:
         check_vocabulary(model, "start token", [start])
         first = torch.full((sequences, 1), int(start), device="cpu")
-    text = _continued(model, first, length - 1, seed, ends=True)
-    if int(text.valid.sum()) < _ENOUGH * sequences * length:
+    text = _continued(model, first, length - 1, seed, ends=ends is not False)
+    if ends is None and int(text.valid.sum()) < _ENOUGH * sequences * length:
         text = _continued(model, first, length - 1, seed, ends=False)
     return text
 
@@ -86,6 +90,7 @@ def _continued(
     return TokenText(
         torch.cat([first.to(generated.input_ids), generated.input_ids], dim=1),
         torch.cat([prompt.valid.to(inside), inside], dim=1),
+        ends,
     )
 
 

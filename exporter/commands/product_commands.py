@@ -57,8 +57,7 @@ def merge(as_json: bool, code: bool, **options: Any) -> None:
     """
     if code and options["max_shard_size"]:
         raise click.UsageError("--max-shard-size: with --code weight files stay as they are")
-    if code:
-        _refuse_without_model(options, "dtype", "device", "device_map")
+    _refuse_without_model(options, "device", "device_map", *(["dtype"] if code else []))
     stored = StoredAs(
         link=options["link"],
         dtype=None if code else options["dtype"],
@@ -121,8 +120,8 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
 
     They are compared with those of its base model, steered live by its adapter.
     """
-    if options["pairs"] and options["structure_only"]:
-        raise click.UsageError("--pairs: with --structure-only no model runs; choose one")
+    if options["structure_only"]:
+        _refuse_given("structure-only", "pairs", "device", "device_map", "dtype")
     from austeer.exporter.markdown import verify_sentences
     from austeer.exporter.proofs.product_check import verify_product
 
@@ -145,11 +144,16 @@ def verify(as_json: bool, product: Path, **options: Any) -> None:
 
 def _refuse_without_model(options: dict[str, Any], *names: str) -> None:
     """Options of a comparison that --no-verify leaves out."""
+    if options["no_verify"]:
+        _refuse_given("no-verify", *names)
+
+
+def _refuse_given(why: str, *names: str) -> None:
     context = click.get_current_context()
-    for name in names if options["no_verify"] else ():
+    for name in names:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"{option}: with --no-verify no model runs; choose one")
+            raise click.UsageError(f"{option}: with --{why} no model runs; choose one")
 
 
 def _export(

@@ -477,6 +477,7 @@ def test_a_scaled_adapter_does_not_claim_the_fits_figures(
     half = SteeringAdapter.from_pretrained(whole.scaled(0.5).save_pretrained(tmp_path / "half"))
     assert half.config.fit == {"seed": 3, "scaled_by": 0.5} and half.config.alpha == 1.0
     assert np.array_equal(half.sites[0].gamma, site.gamma / 2)
+    assert half.scaled(4.0).config.fit["scaled_by"] == 2.0
     assert "0.05" not in (tmp_path / "half" / "README.md").read_text()
 
 

@@ -287,3 +287,22 @@ def test_parents_that_were_made_go_again(tmp_path: Path) -> None:
         ):
             raise ValueError("no")
         assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+def test_a_folder_that_another_run_removes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from austeer.adapters import _files
+
+    claim, times = _files.locked_directory, []
+
+    def late(out: Path) -> tuple[Path, int]:
+        times.append(out)
+        if len(times) == 1:
+            out.parent.rmdir()
+        return claim(out)
+
+    monkeypatch.setattr(_files, "locked_directory", late)
+    with publish_directory(tmp_path / "new" / "out") as work:
+        (work / "file").touch()
+    assert (tmp_path / "new" / "out" / "file").exists() and len(times) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -212,6 +213,16 @@ def test_the_files_of_the_base_decide_where_they_are_given(
         combine(parts, read=module_reader(other))
     with pytest.raises(AdapterError, match="made for another base model"):
         combine(parts, model=model, read=module_reader(other))
+
+
+def test_a_scaled_combination_keeps_no_figures(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    both = [adapter(model, {(layer, "ffn"): [1]}) for layer in (0, 1)]
+    made = combine(both, model=model)
+    report = made.config.fit["combined"] | {"kl": 0.05, "factor": 0.5, "behaviours": {}}
+    known = dataclasses.replace(made.config, fit={"combined": report})
+    fit = SteeringAdapter(known, made.sites).scaled(3.0).config.fit
+    assert fit == {"combined": made.config.fit["combined"], "scaled_by": 3.0}
 
 
 @pytest.mark.parametrize("what", ["one", "paths", "iterator", "text weight", "model name"])

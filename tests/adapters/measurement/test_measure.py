@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from austeer.adapters import ContrastivePair, FitError, ModelError
+from austeer.adapters.measurement import neutral
 from austeer.adapters.measurement.measure import (
     Share,
     check_neutral_text,
@@ -171,24 +172,57 @@ def test_no_test_pairs_are_refused() -> None:
 def test_what_is_independent_is_decided_on_the_whole_set(
     tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
-    """The one prompt of a split is not a prompt that says nothing: it is one observation."""
-    endings = (" happy", " so happy", " happy and happy", " happy !", " and happy")
+    """Most pairs of a split may have one prompt that is one of many in the whole set."""
     pairs = [
         ContrastivePair(f"{name} was", ending, " sad", where=f"{name}{ending}")
-        for name in NAMES[:3]
-        for ending in endings
+        for name, count in (("Tom", 6), ("Mia", 3), ("it", 6), ("so", 6))
+        for ending in (" happy", " so happy", " and happy", " !", " so", " very")[:count]
     ]
-    splits = make_splits(pairs)
-    assert len({pair.prompt for pair in splits.test}) == 1
     sizes: dict[str, int] = {"seed": 0, "sequences": 4, "length": 8, "batch_size": 4}
-    model = tiny_model("llama")
-    one, each = (
-        Share(model, tiny_tokenizer, splits.test, whole=whole, **sizes).figures(nullcontext)
-        for whole in (splits.whole(splits.test), splits.test)
+    model, split = tiny_model("llama"), pairs[:9]
+    few, each = (
+        Share(model, tiny_tokenizer, split, whole=whole, **sizes).figures(nullcontext)
+        for whole in (pairs, None)
     )
-    assert one["pairs"] == each["pairs"] == len(splits.test)
-    assert (one["prompts"], each["prompts"]) == (1, len(splits.test))
-    assert one["margin_ci95"] == [one["margin"]] * 2 and each["margin_ci95"][0] < one["margin"]
+    assert few["pairs"] == each["pairs"] == 9
+    assert (few["prompts"], each["prompts"]) == (2, 7)
+    margins = Share(model, tiny_tokenizer, split, **sizes).base_margins
+    wanted = [margins[:6].mean(), margins[6:].mean()]
+    np.testing.assert_allclose(few["margin_ci95"], sorted(wanted), rtol=1e-6)
+
+
+def test_one_prompt_has_an_interval_over_its_pairs(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    """One group would give an interval without width, which looks like certainty."""
+    endings = (" happy", " so happy", " and happy", " !", " so", " very")
+    pairs = [ContrastivePair("Tom was", one, " sad", where=one) for one in endings]
+    whole = [
+        *pairs,
+        *(ContrastivePair(f"{n} was", one, " sad") for n in NAMES for one in endings),
+    ]
+    sizes: dict[str, int] = {"seed": 0, "sequences": 4, "length": 8, "batch_size": 4}
+    found = Share(tiny_model("llama"), tiny_tokenizer, pairs, whole=whole, **sizes)
+    figures = found.figures(nullcontext)
+    assert figures["prompts"] == 1
+    low, high = figures["margin_ci95"]
+    assert low < figures["margin"] < high
+
+
+def test_samples_of_one_fit_are_of_one_kind(
+    tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    first = share(model, tiny_tokenizer)
+    monkeypatch.setattr(neutral, "_ENOUGH", 1.0)
+    assert not first.neutral.ends and first.neutral.valid.all()
+    monkeypatch.setattr(neutral, "_ENOUGH", 0.0)
+    sizes: dict[str, int] = {"sequences": 8, "length": 10, "batch_size": 4}
+    alone, like = (
+        Share(model, tiny_tokenizer, PAIRS, seed=1, like=other, **sizes)
+        for other in (None, first)
+    )
+    assert alone.neutral.ends and not like.neutral.ends
 
 
 def test_test_pairs_from_elsewhere_are_a_set_of_their_own() -> None:
