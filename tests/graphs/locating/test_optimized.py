@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from plain_graphs import NAME_SCOPES
-from reference import MIXTURES, PATHS
+from reference import MIXTURES, PATHS, TRANSFORMERS_4
 
 from austeer.adapters import SteeringAdapter
 from austeer.graphs import OnnxCausalLM, graft_file, load_model
@@ -43,6 +43,8 @@ def optimized(exported_base: Any, tmp_path_factory: pytest.TempPathFactory) -> O
     folder = tmp_path_factory.mktemp("optimized")
 
     def optimize(model_type: str, how: str) -> tuple[Any, Path]:
+        if TRANSFORMERS_4 and model_type in MIXTURES:
+            pytest.skip("of a mixture in transformers 4 there is no graph")
         model, base = exported_base(model_type)
         plain, path = folder / f"{model_type}.onnx", folder / f"{model_type}-{how}.onnx"
         name_by_path(base, plain)
