@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
-from austeer.adapters._errors import AdapterError, ModelError
+from austeer.adapters._errors import AdapterError, AusteerError, ModelError
 from austeer.adapters.architectures import Architecture
 
 _SUFFIXES = ("bpe", "json", "model", "safetensors", "spm", "tiktoken", "txt", "vocab")
@@ -42,12 +42,7 @@ def model_directory(
     """
     name = str(name_or_path)
     if name and Path(name).is_dir():
-        if revision is not None:
-            raise ModelError(
-                f"{name}: revision {revision!r} is one of the Hub, this is a local folder; "
-                "leave the revision out"
-            )
-        return Path(name)
+        return _local(name, revision, ModelError)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name or Path(name).exists():
         raise ModelError(
@@ -64,12 +59,7 @@ def adapter_directory(name: str, revision: str | None = None) -> Path:
         AdapterError: neither a directory nor on the Hub, or a revision of a directory.
     """
     if Path(name).is_dir():
-        if revision is not None:
-            raise AdapterError(
-                f"{name}: revision {revision!r} is one of the Hub, this is a local folder; "
-                "leave the revision out"
-            )
-        return Path(name)
+        return _local(name, revision, AdapterError)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise AdapterError(
             f"{name}: expected an adapter directory or a Hub id (owner/name), found neither"
@@ -88,6 +78,15 @@ def adapter_directory(name: str, revision: str | None = None) -> Path:
             f"{name}: no such directory, and the Hub did not give it ({type(error).__name__}); "
             "check the name and the network"
         ) from error
+
+
+def _local(name: str, revision: str | None, error: type[AusteerError]) -> Path:
+    if revision is not None:
+        raise error(
+            f"{name}: revision {revision!r} is one of the Hub, this is a local folder; "
+            "leave the revision out"
+        )
+    return Path(name)
 
 
 def check_num_layers(

@@ -23,7 +23,8 @@ from austeer.adapters import (
 )
 from austeer.adapters.activations.capture import capture
 from austeer.adapters.fitting.candidates import FitOptions
-from austeer.adapters.measurement.measure import Share, Splits, make_splits
+from austeer.adapters.fitting.fit import fit_shares
+from austeer.adapters.measurement.measure import Splits, make_splits
 from austeer.adapters.pairs import ContrastivePair, iter_pairs, split_pairs
 from austeer.adapters.tokens import token_limit, tokenize_pairs
 
@@ -79,19 +80,8 @@ class Bench:
         self.tokenizer = load_tokenizer(str(case.model))
         self.train, self.test_pairs, self.dropped = case.pairs()
         self.splits: Splits = make_splits(self.train, self.test_pairs, seed)
-        parts = (self.splits.fit, self.splits.validation, self.splits.test)
-        self.fit, self.validation, self.test = map(self._share, range(3), parts)
-
-    def _share(self, number: int, pairs: list[ContrastivePair]) -> Share:
-        options = FitOptions(seed=self.seed)
-        return Share(
-            self.model,
-            self.tokenizer,
-            pairs,
-            seed=3 * self.seed + number,
-            sequences=options.neutral_sequences,
-            length=options.neutral_length,
-            batch_size=options.batch_size,
+        self.fit, self.validation, self.test = fit_shares(
+            self.model, self.tokenizer, self.splits, FitOptions(seed=seed)
         )
 
     @cached_property

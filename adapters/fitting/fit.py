@@ -151,26 +151,7 @@ class Fitter:
         self._architecture = architecture_of(model.config.model_type)
         ranking.check_model(model)
         check_enough(splits)
-        # Three samples of neutral text: one to train on, one to choose by, one to report.
-        self._validation = self._share(splits.validation, 1)
-        self._fit = self._share(splits.fit, 0, self._validation)
-        self._test = self._share(splits.test, 2, self._validation)
-
-    def _share(
-        self, part: list[ContrastivePair], number: int, like: Share | None = None
-    ) -> Share:
-        options = self._options
-        return Share(
-            self._model,
-            self._tokenizer,
-            part,
-            seed=3 * options.seed + number,
-            sequences=options.neutral_sequences,
-            length=options.neutral_length,
-            batch_size=options.batch_size,
-            whole=self._splits.whole(part),
-            like=like,
-        )
+        self._fit, self._validation, self._test = fit_shares(model, tokenizer, splits, options)
 
     def run(
         self, neutral_text: Sequence[str] | None = None
@@ -264,6 +245,31 @@ class Fitter:
             if key not in ("seconds", "candidates")
         }
         return facts | {"validation": report["validation"], "test": report["test"]}
+
+
+def fit_shares(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    options: FitOptions,
+) -> tuple[Share, Share, Share]:
+    """The splits to fit, to choose by and to report, each with neutral text of its own."""
+
+    def share(part: list[ContrastivePair], number: int, like: Share | None = None) -> Share:
+        return Share(
+            model,
+            tokenizer,
+            part,
+            seed=3 * options.seed + number,
+            sequences=options.neutral_sequences,
+            length=options.neutral_length,
+            batch_size=options.batch_size,
+            whole=splits.whole(part),
+            like=like,
+        )
+
+    validation = share(splits.validation, 1)
+    return share(splits.fit, 0, validation), validation, share(splits.test, 2, validation)
 
 
 def _localized(
