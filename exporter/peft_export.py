@@ -7,37 +7,28 @@ result.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from austeer.adapters._errors import RouteError
 from austeer.adapters._files import publish_directory, write_json
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.architectures import Architecture, architecture_of
+from austeer.adapters.architectures import architecture_of
 from austeer.adapters.card import model_card
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.tensors import Tensors, write_tensors
 from austeer.adapters.weights import Checkpoint
 from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
-from austeer.exporter.peft_plan import (
-    MIXTURE_REFUSAL,
-    PeftPlan,
-    ia3_vector,
-    lora_factors,
-    plan_peft,
-)
-from austeer.exporter.plan import describe_refusals
+from austeer.exporter.peft_content import NAMES, peft_content
+from austeer.exporter.peft_plan import MIXTURE_REFUSAL, PeftPlan
 from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import Handling
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_NAMES = {Route.LORA: "a LoRA", Route.IA3: "an IA3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +57,7 @@ class PeftSummary:
         """One line for people."""
         rank = f" of rank {self.rank}" if self.rank else ""
         return (
-            f"{self.path}: {self.units} units as {_NAMES[self.route]}{rank} "
+            f"{self.path}: {self.units} units as {NAMES[self.route]}{rank} "
             f"on {len(self.modules)} modules"
         )
 
@@ -136,14 +127,14 @@ def write_peft(
 
     Arguments and errors as in `convert_peft`; nothing is published.
     """
-    if route not in _NAMES:
+    if route not in NAMES:
         raise RouteError(f"route {route}: expected lora or ia3")
     refuse_quantized_peft(base)
     checkpoint = open_base(base, adapter, force=force)
     plan, config, tensors = peft_content(checkpoint, adapter, route, scale)
     if not _changes_anything(tensors):
         raise RouteError(
-            f"{_NAMES[route]} at scale {scale:g} would change no activation: every gain is 1; "
+            f"{NAMES[route]} at scale {scale:g} would change no activation: every gain is 1; "
             "raise the scale"
         )
     write_json(folder / CONFIG, config)
@@ -155,24 +146,6 @@ def write_peft(
     rank = plan.rank if route is Route.LORA else 0
     files = ("README.md", CONFIG, WEIGHTS)
     return PeftSummary(folder, files, route, tuple(plan.modules), units, rank, scale)
-
-
-def peft_content(
-    checkpoint: Checkpoint, adapter: SteeringAdapter, route: Route, scale: float
-) -> tuple[PeftPlan, dict[str, Any], Tensors]:
-    """Plan, config and tensors of the PEFT adapter; arguments as in `convert_peft`.
-
-    Raises:
-        RouteError: the adapter cannot take this route.
-    """
-    plan = plan_peft(adapter, checkpoint, route, scale)
-    if not isinstance(plan, PeftPlan):
-        raise RouteError(
-            f"this adapter cannot become {_NAMES[route]}: {describe_refusals(plan)}"
-        )
-    make = _lora if route is Route.LORA else _ia3
-    config, tensors = make(adapter, checkpoint, plan)
-    return plan, _common_config(adapter) | config, tensors
 
 
 def check_peft_base(base: Path, route: Route, components: Iterable[Component]) -> None:
@@ -207,107 +180,12 @@ def _changes_anything(tensors: Tensors) -> bool:
     )
 
 
-def _common_config(adapter: SteeringAdapter) -> dict[str, Any]:
-    return {
-        "base_model_name_or_path": adapter.config.base_model_name_or_path,
-        "fan_in_fan_out": adapter.architecture.transposed,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "revision": adapter.config.revision,
-        "task_type": "CAUSAL_LM",
-    }
-
-
-def _lora(
-    adapter: SteeringAdapter, checkpoint: Checkpoint, plan: PeftPlan
-) -> tuple[dict[str, Any], Tensors]:
-    """Config and tensors; modules that the config's short names match besides get zeros."""
-    architecture, rank = adapter.architecture, plan.rank
-    tensors: Tensors = {}
-    for module in _matched(adapter):
-        weight = f"{module}.weight"
-        entry = checkpoint.find(architecture.disk_names(weight))
-        if entry is None:
-            raise RouteError(f"{weight} is not in the checkpoint; is it the adapter's base?")
-        if module in plan.modules:
-            stored = entry.read()
-            rows = stored.T if architecture.transposed else stored
-            A, B = lora_factors(rows, plan.modules[module], rank)
-        else:
-            d_in, d_out = entry.shape if architecture.transposed else entry.shape[::-1]
-            A = np.zeros((rank, d_in), np.float32)
-            B = np.zeros((d_out, rank), np.float32)
-        tensors[f"base_model.model.{module}.lora_A.weight"] = A
-        tensors[f"base_model.model.{module}.lora_B.weight"] = B
-    config = {
-        "bias": "none",
-        "init_lora_weights": True,
-        "layers_to_transform": sorted({steered.site.layer for steered in adapter.sites}),
-        # B @ A is the whole difference: its factor lora_alpha / r must be 1.
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted(_short_names(adapter)),
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    return config, tensors
-
-
-def _ia3(
-    adapter: SteeringAdapter, checkpoint: Checkpoint, plan: PeftPlan
-) -> tuple[dict[str, Any], Tensors]:
-    """Config and tensors; full names, because an IA3 config cannot choose layers."""
-    tensors: Tensors = {}
-    for module, gains in plan.modules.items():
-        shape = checkpoint[gains.weight].shape
-        d_in, d_out = shape if adapter.architecture.transposed else shape[::-1]
-        name = f"base_model.model.{module}.ia3_l"
-        if gains.input is not None:
-            tensors[name] = ia3_vector(d_in, gains.input)[None]
-        elif gains.output is not None:
-            tensors[name] = ia3_vector(d_out, gains.output)[:, None]
-    config = {
-        "feedforward_modules": sorted(
-            module for module, gains in plan.modules.items() if gains.input is not None
-        ),
-        "init_ia3_weights": True,
-        "peft_type": "IA3",
-        "target_modules": sorted(plan.modules),
-    }
-    return config, tensors
-
-
-def _short_names(adapter: SteeringAdapter) -> set[str]:
-    """Names that match a steered kind of module in every layer, as serving runtimes want them.
-
-    The last part of the path, such as `down_proj`; more of it where both kinds end alike.
-    """
-    return {_short(adapter.architecture, steered.site.component) for steered in adapter.sites}
-
-
-def _short(architecture: Architecture, component: Component) -> str:
-    paths = (architecture.attention, architecture.mlp)
-    own = paths[0] if component is Component.ATTENTION else paths[1]
-    last = [path.rpartition(".")[2] for path in paths]
-    return own if last[0] == last[1] else own.rpartition(".")[2]
-
-
-def _matched(adapter: SteeringAdapter) -> Iterator[str]:
-    """Every module that the short names match in the steered layers."""
-    layers = sorted({steered.site.layer for steered in adapter.sites})
-    components = sorted({steered.site.component for steered in adapter.sites})
-    modules = (adapter.architecture.projection(Site(i, c)) for i in layers for c in components)
-    yield from dict.fromkeys(modules)
-
-
 def _usage(adapter: SteeringAdapter, route: Route, plan: PeftPlan, scale: float) -> str:
     name = adapter.config.base_model_name_or_path
     notes = "" if scale == 1.0 else f"\n\nConverted at {scale:g} times the fitted strength."
     if route is Route.LORA:
         notes += f"\n\nRank {plan.rank}: vLLM needs `--max-lora-rank` of at least that."
-    return f"""The steering is {_NAMES[route]}, exact on the unchanged base.
+    return f"""The steering is {NAMES[route]}, exact on the unchanged base.
 
 ```python
 from peft import PeftModel

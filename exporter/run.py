@@ -23,18 +23,13 @@ from austeer.adapters.localization.distributed import launched
 from austeer.adapters.localization.run import Ranking, localize
 from austeer.adapters.localization.state_file import discard_state
 from austeer.adapters.measurement.measure import make_splits
-from austeer.adapters.model_directory import model_directory
 from austeer.adapters.pairs import ContrastivePair, read_pairs, render_pairs
 from austeer.adapters.weights import Checkpoint
-from austeer.exporter.checkpoint import check_companions
 from austeer.exporter.describe import beta_ranges
-from austeer.exporter.free_space import check_space, run_size
-from austeer.exporter.merge import read_model_config, refuse_quantized
-from austeer.exporter.peft_export import check_peft_base
+from austeer.exporter.preflight import check_files, check_model
 from austeer.exporter.products import load_base, make_product, verification_prompts
 from austeer.exporter.provenance import Seal, pairs_facts
 from austeer.exporter.report import build_report, write_report
-from austeer.exporter.routes import Route
 from austeer.exporter.samples import before_and_after
 from austeer.exporter.settings import Handling, RunOptions
 from austeer.exporter.stages import load_ranking, read_texts, resumable, state_folder
@@ -108,7 +103,7 @@ class _Job:
         self._pairs = read_pairs(options.pairs)
         self._test = read_pairs(options.test_pairs) if options.test_pairs else None
         self._texts = read_texts(options.neutral_text)
-        self._check_space()
+        check_files(options)
         with self._stage("load"):
             self._base = load_base(options.base)
         row = architecture_of(self._base.model.config.model_type)
@@ -116,29 +111,9 @@ class _Job:
         taken = tuple(component for component in options.candidates if component in there)
         self._options = options = dataclasses.replace(options, components=taken)
         self._ranking = load_ranking(options.ranking, options.candidates)
-        self._refuse_base()
-        for route in options.routes:
-            check_peft_base(self._base.folder, route, options.candidates)
+        check_model(self._base, options)
         self._pairs = render_pairs(self._pairs, self._base.tokenizer)
         self._test = render_pairs(self._test, self._base.tokenizer) if self._test else None
-
-    def _refuse_base(self) -> None:
-        """What a product would be refused for, before the fit is paid for."""
-        folder, routes = self._base.folder, set(self._options.routes)
-        if routes - {Route.ONNX}:
-            refuse_quantized(
-                folder, "fit the unquantized model, then merge the adapter into this one"
-            )
-        if routes & {Route.SAFETENSORS, Route.CODE}:
-            check_companions(Checkpoint(folder))
-        if Route.CODE in routes:
-            from austeer.exporter.code_export import check_code_base
-
-            check_code_base(folder, read_model_config(folder))
-        if Route.ONNX in routes:
-            from austeer.exporter.onnx_export import check_exportable
-
-            check_exportable(self._base.model)
 
     def run(self, whole: bool) -> RunReport:
         options = self._options
@@ -176,13 +151,6 @@ class _Job:
             write_report(values, work)
             self._close(work, adapter)
         return RunReport(out, values, adapter)
-
-    def _check_space(self) -> None:
-        options = self._options
-        base = model_directory(options.base.model, options.base.revision)
-        copied = any(route in (Route.SAFETENSORS, Route.CODE) for route in options.routes)
-        size = run_size(options.routes, base, options.max_units, options.base.dtype)
-        check_space(options.out, size, Checkpoint(base).files if copied else ())
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

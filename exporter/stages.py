@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -59,7 +57,7 @@ def localize_job(
 
     Raises:
         AusteerError: model, pairs or output are unusable; nothing is written.
-        KeyboardInterrupt: an interrupt or SIGTERM; the state is kept.
+        KeyboardInterrupt: an interrupt; the state is kept.
     """
     check_timeout(timeout_minutes)
     if out.is_dir():
@@ -104,21 +102,12 @@ def state_folder(out: Path) -> Path:
 
 @contextmanager
 def resumable(state: Path) -> Iterator[None]:
-    """Let SIGTERM end the work as an interrupt does, and say what an interrupt leaves."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    """Say, where an interrupt ends the work, what it leaves."""
     try:
         yield
     except KeyboardInterrupt:
         kept = f"; the same command goes on with {state}" if state.is_dir() else ""
         raise KeyboardInterrupt(f"interrupted; nothing was published{kept}") from None
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def component_row(ranking: Ranking, component: Component) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from austeer.graphs.graft_plan import (
     plan_graft,
     plan_switchable_graft,
 )
-from austeer.graphs.locating.locate import Place, SiteLocator
+from austeer.graphs.locating.locate import SiteLocator
+from austeer.graphs.locating.places import Place
 from austeer.graphs.model_io import load_model, save_model
 from austeer.graphs.opset import STEER_AU, STEER_AU_ADAPTIVE, SteerOp
 from austeer.graphs.session import OnnxCausalLM

@@ -15,7 +15,8 @@ from austeer.adapters.sites import Refusal, Site
 from austeer.adapters.steered_site import check_units
 from austeer.graphs.function import steer_functions
 from austeer.graphs.graft_plan import Array, GraftPlan, ScaleAs, SteeringNode, plan_graft
-from austeer.graphs.locating.locate import Place, SiteLocator
+from austeer.graphs.locating.locate import SiteLocator
+from austeer.graphs.locating.places import Place
 from austeer.graphs.locating.projections import FLOATS
 from austeer.graphs.locating.scopes import NAME_SCOPES
 from austeer.graphs.locating.skip_norm import split_skip_norm

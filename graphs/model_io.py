@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from austeer.adapters._errors import GraphError, OutputError
-from austeer.adapters._files import publish_file
+from austeer.adapters._files import final_path, publish_file
 
 SINGLE_FILE_LIMIT = 1_500_000_000
 """Bytes of weights up to which a model is one file; protobuf cannot hold more than 2 GB."""
@@ -56,6 +56,7 @@ def save_model(model: ir.Model, path: Path, *, limit: int = SINGLE_FILE_LIMIT) -
         OutputError: `path` or its data file exists, or the filesystem refuses.
         GraphError: the written model, or the one that it was read from, is not valid ONNX.
     """
+    path = final_path(path)
     data = path.with_name(f"{path.name}.data")
     split = _needs_data_file(model, path, limit)
     for taken in (path, data) if split else (path,):

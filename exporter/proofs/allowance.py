@@ -20,8 +20,8 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.fingerprint import checkpoint_reader, module_reader
 from austeer.adapters.steered_site import touched_tensors
 from austeer.adapters.weights import Checkpoint
-from austeer.exporter.proofs.fold_check import rounding_errors
 from austeer.exporter.proofs.reference import Prompt, steered_logits
+from austeer.exporter.proofs.values import rounding_errors
 
 SAFETY = 2.0
 _DRAWS = 3

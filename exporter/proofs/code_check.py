@@ -19,7 +19,7 @@ from austeer.adapters.steered_format import (
     steering_tensors,
 )
 from austeer.adapters.weights import Checkpoint
-from austeer.exporter.proofs.fold_check import same_bytes
+from austeer.exporter.proofs.values import same_bytes
 
 
 def verify_code_structure(

@@ -26,14 +26,15 @@ from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.tensors import Tensors, read_tensors
 from austeer.adapters.weights import Checkpoint
 from austeer.exporter.fold import round_once
-from austeer.exporter.peft_export import CONFIG, WEIGHTS, peft_content
+from austeer.exporter.peft_content import peft_content
+from austeer.exporter.peft_export import CONFIG, WEIGHTS
 from austeer.exporter.proofs.code_check import verify_code_structure
 from austeer.exporter.proofs.fold_check import (
     converted_dtype,
-    rounding_errors,
     touched_gains,
     verify_fold_structure,
 )
+from austeer.exporter.proofs.values import rounding_errors
 from austeer.exporter.routes import Route
 
 Array = np.ndarray[Any, Any]

@@ -13,12 +13,8 @@ from jaxtyping import Float
 from austeer.adapters._errors import VerificationError
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.sites import Component
-from austeer.exporter.proofs.fold_check import (
-    StructureReport,
-    dense_gain,
-    differing_chunk,
-    values_error,
-)
+from austeer.exporter.proofs.fold_check import StructureReport, dense_gain
+from austeer.exporter.proofs.values import differing_chunk, values_error
 from austeer.exporter.quantized.gguf_file import GgufFile, GgufTensor, read_gguf, tensor_name
 from austeer.exporter.quantized.gguf_plan import objection
 

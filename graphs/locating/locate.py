@@ -8,23 +8,36 @@ paths come from, `projections` which nodes are projections.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.sites import Component, Refusal, Site
 from austeer.graphs.locating.adopted import adopted_members, pathless_projections
+from austeer.graphs.locating.edges import (
+    downstream,
+    is_standard,
+    may_be_activation,
+    only_reader,
+    values_behind,
+    values_leaving,
+)
+from austeer.graphs.locating.places import (
+    NORMS,
+    Place,
+    checked_place,
+    hidden_sum,
+    only_place,
+)
 from austeer.graphs.locating.projections import (
     Projection,
-    element_type,
     is_projection,
     read_projection,
     stored_tensor,
 )
 from austeer.graphs.locating.scopes import NAME_SCOPES, module_path
-from austeer.graphs.locating.skip_norm import added_bias, is_skip_norm, norm_width
+from austeer.graphs.locating.skip_norm import added_bias, is_skip_norm
 from austeer.graphs.opset import DOMAIN
 
 BUILDER_NAMES = {
@@ -32,35 +45,6 @@ BUILDER_NAMES = {
     Component.FFN: ("model.layers.{i}.mlp.down_proj", "model.layers.{i}.mlp.fc2"),
 }
 """Projections as the onnxruntime-genai builder calls them, for every architecture."""
-
-_NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"})
-_ON_THE_WAY = _NORMS | {"Cast"}
-"""What may lie between a projection and the residual sum that a skip norm computes."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """Where a site is in a graph.
-
-    Attributes:
-        site: the site.
-        value: its activation, `[..., width]`; for a sum that a fused norm hides, one of the
-            two values added.
-        width: length of the activation's last axis.
-        readers: the nodes that must read the steered activation; None stands for all of
-            them, the graph's outputs included.
-        module: full module path in this graph, for the metadata of grafted nodes.
-        dtype: element type of the activation; None where the graph is silent.
-        skip_norm: the fused norm that hides the site's sum; None where `value` is the site.
-    """
-
-    site: Site
-    value: ir.Value
-    width: int
-    readers: tuple[ir.Node, ...] | None
-    module: str
-    dtype: ir.DataType | None = None
-    skip_norm: ir.Node | None = None
 
 
 class SiteLocator:
@@ -99,7 +83,9 @@ class SiteLocator:
         if self._architecture.hookpoint(site).side == "input":
             # Other readers of the activation are not part of the site.
             readers, width = (projection.reader,), projection.in_width
-            return _place(site, module, projection.activation, readers, projection, width)
+            return checked_place(
+                site, module, projection.activation, readers, projection, width
+            )
         return self._output(site, module, projection)
 
     def _is_mixture(self, site: Site) -> bool:
@@ -120,14 +106,16 @@ class SiteLocator:
         for node in self._nameless:
             # What an exporter puts between two nodes, such as the halves of a projection. The
             # next norm has lost its name where an optimizer fused the residual sum into it.
-            if is_skip_norm(node) or node.op_type in _NORMS:
+            if is_skip_norm(node) or node.op_type in NORMS:
                 continue
             sources = [value.producer() for value in node.inputs if value is not None]
             if any(source in inside for source in sources):
                 inside[node] = None
         given = [value for node in inside for value in node.outputs]
-        leaving = [value for value in _leaving(given, {*inside}) if _may_be_activation(value)]
-        return _only(site, module, leaving, "as the mixture's output", None)
+        leaving = [
+            value for value in values_leaving(given, {*inside}) if may_be_activation(value)
+        ]
+        return only_place(site, module, leaving, "as the mixture's output", None)
 
     def projection(self, site: Site) -> Projection | Refusal:
         """The projection whose weight bounds `site` (for `layer`: the MLP's last)."""
@@ -221,8 +209,10 @@ class SiteLocator:
     def _output(self, site: Site, module: str, projection: Projection) -> Place | Refusal:
         result = projection.node.outputs[0]
         inside = set(self._members[module])
-        reached = [result, *_downstream(result, inside)]
-        leaving = [value for value in _leaving(reached, inside) if _may_be_activation(value)]
+        reached = [result, *downstream(result, inside)]
+        leaving = [
+            value for value in values_leaving(reached, inside) if may_be_activation(value)
+        ]
         for reader in (reader for value in leaving for reader in value.consumers()):
             if is_skip_norm(reader) and added_bias(reader) is not None:
                 return Refusal(
@@ -230,7 +220,7 @@ class SiteLocator:
                     f"module {module}: its bias is added inside {reader.name}; graft before "
                     "onnxruntime's optimizer fuses biases into norms",
                 )
-        return _only(site, module, leaving, f"behind {projection.node.name}", projection)
+        return only_place(site, module, leaving, f"behind {projection.node.name}", projection)
 
     def _layer(self, site: Site) -> Place | Refusal:
         layer = self._architecture.layer.format(i=site.layer)
@@ -241,17 +231,17 @@ class SiteLocator:
         if isinstance(projection, Refusal):
             return projection
         # The sum behind the attention leaves the layer, too, where a fused norm reads it.
-        behind = _behind(self._last_nodes(site, projection))
-        leaving = _leaving(self._sums(module), set(self._members[module]))
+        behind = values_behind(self._last_nodes(site, projection))
+        leaving = values_leaving(self._sums(module), set(self._members[module]))
         leaving = [value for value in leaving if value in behind]
         # What only a skip norm reads is a part of the sum that the norm computes.
-        inner = [v for v in leaving if (node := _only_reader(v)) and is_skip_norm(node)]
+        inner = [v for v in leaving if (node := only_reader(v)) and is_skip_norm(node)]
         if projection is not None and len(leaving) == len(inner):
             start = inner[0] if inner else projection.node.outputs[0]
-            hidden = _hidden_sum(site, module, projection, start)
+            hidden = hidden_sum(site, module, projection, start)
             if hidden is not None:
                 return hidden
-        return _only(site, module, leaving, "among the layer's own sums", projection)
+        return only_place(site, module, leaving, "among the layer's own sums", projection)
 
     def _last_nodes(self, site: Site, projection: Projection | None) -> list[ir.Node]:
         """What the layer's own output comes behind: its last projection, or its mixture."""
@@ -265,123 +255,8 @@ class SiteLocator:
         own = self._members[layer]
         if self._architecture.own_blocks:
             own = [node for node in own if module_path(node)[-1] == layer]
-        sums = [node.outputs[0] for node in own if _standard(node, "Add")]
-        shaped = [node for node in own if _standard(node, "Reshape") and node.inputs[0] in sums]
+        sums = [node.outputs[0] for node in own if is_standard(node, "Add")]
+        shaped = [
+            node for node in own if is_standard(node, "Reshape") and node.inputs[0] in sums
+        ]
         return [*sums, *(node.outputs[0] for node in shaped)]
-
-
-def _standard(node: ir.Node, op_type: str) -> bool:
-    return node.domain == "" and node.op_type == op_type
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    readers = list(dict.fromkeys(value.consumers()))
-    return readers[0] if len(readers) == 1 else None
-
-
-def _hidden_sum(
-    site: Site, module: str, projection: Projection, value: ir.Value
-) -> Place | None:
-    """The sum of a decoder layer that the next norm computes, found from a part of it."""
-    for _ in range(8):
-        node = _only_reader(value)
-        if node is None:
-            return None
-        if is_skip_norm(node) and value in node.inputs[:2]:
-            width = norm_width(node) or projection.out_width
-            if width is None:
-                return None
-            dtype = element_type(value, projection)
-            return Place(site, value, width, None, module, dtype, node)
-        inside = module_path(node)[-1:] == module_path(projection.node)[-1:]
-        if not inside and node.op_type not in _ON_THE_WAY:
-            return None
-        value = node.outputs[0]
-    return None
-
-
-def _behind(nodes: Iterable[ir.Node]) -> set[ir.Value]:
-    """Every value that is computed from what these nodes make."""
-    seen, queue = set(nodes), list(nodes)
-    found: set[ir.Value] = set()
-    while queue:
-        for value in queue.pop().outputs:
-            found.add(value)
-            fresh = set(value.consumers()) - seen
-            seen |= fresh
-            queue += fresh
-    return found
-
-
-def _downstream(start: ir.Value, inside: set[ir.Node]) -> Iterator[ir.Value]:
-    seen, queue = {start}, [start]
-    while queue:
-        for node in queue.pop().consumers():
-            for value in node.outputs if node in inside else ():
-                if value not in seen:
-                    seen.add(value)
-                    queue.append(value)
-                    yield value
-
-
-def _may_be_activation(value: ir.Value) -> bool:
-    """Shapes taken of the result are integers, and products of integers come before floats."""
-    if value.dtype is not None:
-        return value.dtype.is_floating_point()
-    producer = value.producer()
-    return producer is None or producer.op_type not in ("Shape", "Size", "MatMulInteger")
-
-
-def _leaving(values: Iterable[ir.Value], inside: set[ir.Node]) -> list[ir.Value]:
-    """Those values that a node outside reads, or that are outputs of the graph."""
-    return [
-        value
-        for value in values
-        if value.is_graph_output() or any(node not in inside for node in value.consumers())
-    ]
-
-
-def _only(
-    site: Site,
-    module: str,
-    values: Sequence[ir.Value],
-    where: str,
-    projection: Projection | None,
-) -> Place | Refusal:
-    if len(values) != 1:
-        names = ", ".join(str(value.name) for value in values) or "none"
-        return Refusal(
-            site, f"module {module}: expected one value that leaves it {where}, found {names}"
-        )
-    for reader in values[0].consumers():
-        if reader.op_type == "QuantizeLinear":
-            return Refusal(
-                site,
-                f"module {module}: {reader.name} clips {values[0].name} to a range that was "
-                "fixed without steering; graft onto the float model, or one quantized "
-                "dynamically",
-            )
-    width = None if projection is None else projection.out_width
-    return _place(site, module, values[0], None, projection, width)
-
-
-def _place(
-    site: Site,
-    module: str,
-    value: ir.Value,
-    readers: tuple[ir.Node, ...] | None,
-    projection: Projection | None,
-    width: int | None,
-) -> Place | Refusal:
-    """The place, with what its own value says before what the projection says."""
-    own = value.shape[-1] if value.shape is not None and len(value.shape) else None
-    width = own if isinstance(own, int) else width
-    if width is None:
-        return Refusal(
-            site,
-            f"module {module}: the width of {value.name} is not in the graph; "
-            "run onnx.shape_inference on the base model",
-        )
-    reads = projection is not None and value is projection.activation
-    dtype = projection.dtype if projection and reads else element_type(value, projection)
-    return Place(site, value, width, readers, module, dtype)

@@ -585,7 +585,8 @@ def test_a_product_that_fails_is_not_published(
 ) -> None:
     before = sorted(out.parent.iterdir())
     monkeypatch.setattr(
-        "austeer.exporter.peft_export.ia3_vector", lambda width, edit: np.full(width, 1.5, "f4")
+        "austeer.exporter.peft_content.ia3_vector",
+        lambda width, edit: np.full(width, 1.5, "f4"),
     )
     arguments = ("peft", adapter, base, "--as", "ia3", "-o", out)
     assert "logits differ" in invoke(*arguments, exit_code=4).stderr

@@ -115,6 +115,15 @@ def test_external_data_outside_the_folder(external: Path, location: str) -> None
         load_model(external)
 
 
+def test_no_spelling_of_a_path_overwrites(saved: Path, toy: Any) -> None:
+    """A folder that is not there yet would be made, and then lead to the file."""
+    content = saved.read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        save_model(toy().model, saved.parent / "missing" / ".." / saved.name)
+    assert saved.read_bytes() == content
+    assert not (saved.parent / "missing").exists()
+
+
 def test_existing_files_are_not_overwritten(saved: Path, toy: Any, tmp_path: Path) -> None:
     content = saved.read_bytes()
     with pytest.raises(OutputError, match="exists already"):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,6 @@ import torch
 from austeer.adapters import SteeringAdapter, VerificationError
 from austeer.adapters.weights import Checkpoint
 from austeer.exporter.merge import write_folded
-from austeer.exporter.proofs import fold_check
 from austeer.exporter.proofs.fold_check import verify_fold_structure
 
 ROW = "model.layers.0.mlp.down_proj.weight"
@@ -77,19 +75,6 @@ def test_a_site_without_an_effect_is_the_same_bytes(
         tmp_path / "base", tmp_path / "out", adapter, touched_only=True
     )
     assert len(report.touched) == 2 and report.identical == 0
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_one_wrong_value_is_seen(axis: int) -> None:
-    """In bfloat16, where the roundings of a whole projection hide it."""
-    rng = np.random.default_rng(0)
-    old = rng.normal(size=(512, 512)).astype(ml_dtypes.bfloat16)
-    gain = np.where(np.arange(512) % 8 == 0, 1.5, 1.0)
-    new = (old * np.expand_dims(gain, 1 - axis)).astype(ml_dtypes.bfloat16)
-    assert fold_check._largest_error(old, new, {axis: gain}) <= 1.0
-    wrong = new.copy()
-    wrong[8, 8] = -new[8, 8]
-    assert fold_check._largest_error(old, wrong, {axis: gain}) > 1.0
 
 
 def test_another_scale_is_seen(folded: tuple[Path, Path, SteeringAdapter]) -> None:

@@ -30,7 +30,7 @@ from austeer.adapters import (
 )
 from austeer.adapters._leftovers import remove_leftovers
 from austeer.exporter.copying import copy_file
-from austeer.exporter.proofs import fold_check
+from austeer.exporter.proofs import values
 from austeer.exporter.quantized import gguf_merge
 from austeer.exporter.quantized.gguf_check import verify_gguf_structure
 from austeer.exporter.quantized.gguf_file import BLOCKS, KINDS
@@ -297,7 +297,7 @@ def test_the_check_sees_every_change(
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fold_check, "_CHUNK", chunk)
+    monkeypatch.setattr(values, "_CHUNK", chunk)
     made, adapter = base("Q8_0"), adapter_for(model)
     path = made.path
     merge_gguf(path, adapter, out)
