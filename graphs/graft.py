@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,12 @@ import onnx_ir as ir
 
 from austeer.adapters._errors import AusteerError, GraphError
 from austeer.adapters.adapter import SteeringAdapter
-from austeer.adapters.sites import Refusal, Site
+from austeer.adapters.sites import Site
 from austeer.adapters.steered_site import check_units
 from austeer.graphs.function import steer_functions
 from austeer.graphs.graft_plan import Array, GraftPlan, ScaleAs, SteeringNode, plan_graft
-from austeer.graphs.locating.locate import SiteLocator
+from austeer.graphs.locating.locate import SiteLocator, locate_sites
 from austeer.graphs.locating.places import Place
-from austeer.graphs.locating.projections import FLOATS
 from austeer.graphs.locating.scopes import NAME_SCOPES
 from austeer.graphs.locating.skip_norm import split_skip_norm
 from austeer.graphs.model_io import load_model, save_model
@@ -168,36 +166,6 @@ def steered_values(model: ir.Model) -> dict[str, tuple[str, str]]:
         for node in steering_nodes(model)
         if (x := node.inputs[0]) is not None
     }
-
-
-def locate_sites(locator: SiteLocator, sites: Sequence[Site]) -> list[Place]:
-    """Places of `sites`, in their order.
-
-    Raises:
-        GraphError: a site is not found, or cannot be steered here.
-    """
-    places: list[Place] = []
-    for site in sites:
-        place = locator.find(site)
-        if isinstance(place, Refusal):
-            raise GraphError(str(place))
-        _check_place(place, places)
-        places.append(place)
-    return places
-
-
-def _check_place(place: Place, others: list[Place]) -> None:
-    if place.dtype not in FLOATS:
-        raise GraphError(
-            f"{place.site}: {place.value.name} is {place.dtype or 'of unknown type'}, expected "
-            "float, float16 or bfloat16; graft onto a model with floating activations"
-        )
-    for other in others:
-        if other.value is place.value and other.skip_norm is place.skip_norm:
-            raise GraphError(
-                f"{place.site}: is the same value as {other.site} in this graph "
-                f"({place.value.name}); steer only one of them"
-            )
 
 
 def _check_names(graph: ir.Graph, plan: GraftPlan) -> None:

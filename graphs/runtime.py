@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from austeer.adapters._errors import GraphError
 from austeer.adapters._files import read_json
@@ -57,3 +61,25 @@ def config_number(folder: Path, keys: Sequence[str]) -> int | None:
         if isinstance(found, int):
             return found
     return None
+
+
+def as_array(value: Any) -> np.ndarray:
+    """The values of an `OrtValue`; bfloat16 as float32."""
+    if value.data_type() != "tensor(bfloat16)":
+        return np.asarray(value.numpy())
+    # numpy has no bfloat16 and onnxruntime refuses to convert: read its memory, widen the bits.
+    shape = value.shape()
+    memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    wide = np.frombuffer(memory, np.uint16).astype(np.uint32) << 16
+    return wide.view(np.float32).reshape(shape)
+
+
+def failure_reason(error: Exception) -> str:
+    """The first line of what onnxruntime says, or what it stands for."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "NOT_IMPLEMENTED" in text and "Could not find an implementation" in text:
+        return (
+            f"onnxruntime has no kernel for a part of this model ({text}); its CPU provider "
+            "does not compute in bfloat16: export a model loaded in float32, or run on a GPU"
+        )
+    return text

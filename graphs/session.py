@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,13 @@ from jaxtyping import Float, Int
 from austeer.adapters._errors import GraphError
 from austeer.graphs.custom_op import register
 from austeer.graphs.opset import SCALE_INPUT
-from austeer.graphs.runtime import config_number, model_file, onnxruntime_module
+from austeer.graphs.runtime import (
+    as_array,
+    config_number,
+    failure_reason,
+    model_file,
+    onnxruntime_module,
+)
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _ELEMENTS = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
@@ -116,7 +120,7 @@ class OnnxCausalLM:
         ids, mask = _batch(input_ids, None)
         feeds = self._feeds(ids, mask, self._empty_cache(len(ids)))
         found = self._run(list(names), feeds)
-        return {name: _array(value) for name, value in zip(names, found, strict=True)}
+        return {name: as_array(value) for name, value in zip(names, found, strict=True)}
 
     def generate(
         self,
@@ -158,7 +162,7 @@ class OnnxCausalLM:
     ) -> tuple[Float[np.ndarray, "B T V"], list[Any]]:
         feeds = self._feeds(fresh, mask, cache)
         logits, *cache = self._run(["logits", *self._presents], feeds)
-        return _float32(logits), cache
+        return as_array(logits).astype(np.float32, copy=False), cache
 
     def _feeds(
         self, fresh: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B total"], cache: list[Any]
@@ -185,7 +189,7 @@ class OnnxCausalLM:
         except GraphError:
             raise
         except Exception as error:
-            raise GraphError(f"{self._path}: {_reason(error)}") from error
+            raise GraphError(f"{self._path}: {failure_reason(error)}") from error
 
     def _adapter(self, adapter: Any) -> tuple[Any, frozenset[str]]:
         """A loaded adapter, and the inputs that it sets as far as they are known."""
@@ -254,7 +258,7 @@ class OnnxCausalLM:
             )
         except Exception as error:
             # Each failure of onnxruntime has a class of its own, without a common base.
-            raise GraphError(f"{self._path}: {_reason(error)}") from error
+            raise GraphError(f"{self._path}: {failure_reason(error)}") from error
 
     def _check_names(self, inputs: set[str]) -> None:
         outputs = {item.name for item in self._session.get_outputs()}
@@ -278,27 +282,3 @@ def _batch(
             f"got {ids.shape} and {mask.shape}"
         )
     return ids, mask
-
-
-def _float32(value: Any) -> Float[np.ndarray, "*shape"]:
-    return _array(value).astype(np.float32, copy=False)
-
-
-def _array(value: Any) -> np.ndarray:
-    if value.data_type() != "tensor(bfloat16)":
-        return np.asarray(value.numpy())
-    # numpy has no bfloat16 and onnxruntime refuses to convert: read its memory, widen the bits.
-    shape = value.shape()
-    memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    wide = np.frombuffer(memory, np.uint16).astype(np.uint32) << 16
-    return wide.view(np.float32).reshape(shape)
-
-
-def _reason(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "NOT_IMPLEMENTED" in text and "Could not find an implementation" in text:
-        return (
-            f"onnxruntime has no kernel for a part of this model ({text}); its CPU provider "
-            "does not compute in bfloat16: export a model loaded in float32, or run on a GPU"
-        )
-    return text

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from austeer.adapters._errors import FitError
+from austeer.adapters._numbers import check_whole
 from austeer.adapters._progress import Progress
 from austeer.adapters.activations.reading import evaluating
 from austeer.adapters.adapter import SteeringAdapter
@@ -122,9 +121,7 @@ def analyze_units(
         "units": units, "tokens": tokens, "sequences": sequences, "length": length,
     }  # fmt: skip
     for name, value in given.items():
-        least = 2 if name == "length" else 1
-        if not (isinstance(value, Integral) and int(value) >= least):
-            raise FitError(f"{name}: expected a whole number from {least} on, got {value}")
+        check_whole(name, value, 2 if name == "length" else 1)
     check_base(adapter, model, "the adapter", read)
     chosen = strongest_units(adapter, units)
     with evaluating(model):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from austeer.adapters._errors import FitError
+from austeer.adapters._numbers import check_whole
 from austeer.adapters.config import Strength
 from austeer.adapters.measurement.measure import Judgement
 from austeer.adapters.sites import Component
@@ -66,13 +66,10 @@ class FitOptions:
         if not self.fluency_limit > 1.0:
             raise FitError(f"fluency limit: expected a ratio above 1, got {self.fluency_limit}")
         for name in ("max_units", "rank", "steps", "batch_size", "neutral_sequences", "seed"):
-            least, value = int(name != "seed"), getattr(self, name)
-            if not isinstance(value, Integral) or value < least:
-                raise FitError(f"{name}: expected a whole number from {least} on, got {value}")
+            check_whole(name, getattr(self, name), int(name != "seed"))
         if self.rank > 1 and self.strength is not Strength.ADAPTIVE:
             raise FitError(f"rank: {self.strength} has no γ predictor; leave it at 1")
-        if self.neutral_length < 2:
-            raise FitError(f"neutral_length: expected at least 2, got {self.neutral_length}")
+        check_whole("neutral_length", self.neutral_length, 2)
         if not self.components:
             raise FitError("components: expected at least one")
 

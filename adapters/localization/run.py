@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from austeer.adapters._errors import FitError, PairsError, SiteError
+from austeer.adapters._numbers import check_whole
 from austeer.adapters.activations.capture import Activations, Capturer
 from austeer.adapters.activations.layouts import Layout, choose_layout
 from austeer.adapters.activations.memory import token_budget_for
@@ -178,10 +178,8 @@ def _check_options(
     check_pairs(pairs)
     if not pairs:
         raise PairsError("localize: expected at least one pair, got none")
-    if batch_size is not None and not (
-        isinstance(batch_size, Integral) and int(batch_size) > 0
-    ):
-        raise FitError(f"batch size: expected a whole number from 1 on, got {batch_size}")
+    if batch_size is not None:
+        check_whole("batch size", batch_size, 1)
     if padding_side not in ("left", "right"):
         raise FitError(f"padding side {padding_side!r}: expected left or right")
     if compat not in (None, "reference"):

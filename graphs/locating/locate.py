@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from austeer.adapters._errors import GraphError
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.sites import Component, Refusal, Site
 from austeer.graphs.locating.adopted import adopted_members, pathless_projections
@@ -31,6 +32,7 @@ from austeer.graphs.locating.places import (
     only_place,
 )
 from austeer.graphs.locating.projections import (
+    FLOATS,
     Projection,
     is_projection,
     read_projection,
@@ -260,3 +262,33 @@ class SiteLocator:
             node for node in own if is_standard(node, "Reshape") and node.inputs[0] in sums
         ]
         return [*sums, *(node.outputs[0] for node in shaped)]
+
+
+def locate_sites(locator: SiteLocator, sites: Sequence[Site]) -> list[Place]:
+    """Places of `sites`, in their order.
+
+    Raises:
+        GraphError: a site is not found, or cannot be steered here.
+    """
+    places: list[Place] = []
+    for site in sites:
+        place = locator.find(site)
+        if isinstance(place, Refusal):
+            raise GraphError(str(place))
+        _check_place(place, places)
+        places.append(place)
+    return places
+
+
+def _check_place(place: Place, others: list[Place]) -> None:
+    if place.dtype not in FLOATS:
+        raise GraphError(
+            f"{place.site}: {place.value.name} is {place.dtype or 'of unknown type'}, expected "
+            "float, float16 or bfloat16; graft onto a model with floating activations"
+        )
+    for other in others:
+        if other.value is place.value and other.skip_norm is place.skip_norm:
+            raise GraphError(
+                f"{place.site}: is the same value as {other.site} in this graph "
+                f"({place.value.name}); steer only one of them"
+            )
