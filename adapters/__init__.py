@@ -35,7 +35,8 @@ from austeer.adapters.architectures import Architecture, register_architecture
 from austeer.adapters.composition.combined import combine
 from austeer.adapters.composition.contributions import Overlap, overlaps
 from austeer.adapters.config import AdapterConfig, Strength
-from austeer.adapters.pairs import ContrastivePair, read_pairs, split_pairs
+from austeer.adapters.pair_groups import split_pairs
+from austeer.adapters.pairs import ContrastivePair, read_pairs
 from austeer.adapters.predictor import Predictor
 from austeer.adapters.sites import Component, Refusal, Site, UnitTable
 from austeer.adapters.steered_site import SteeredSite

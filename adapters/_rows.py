@@ -14,8 +14,8 @@ from typing import Any
 from austeer.adapters._errors import PairsError
 from austeer.adapters._json import parse_json
 
-_JSON_LINES = (".jsonl", ".ndjson", ".json")
-_FORMATS = (*_JSON_LINES, ".csv", ".parquet")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+_FORMATS = (*JSON_LINES, ".csv", ".parquet")
 _MAX_ROW = 1 << 24
 _MAX_GROUP = 1 << 28
 _MOST_ROWS = 1024
@@ -30,7 +30,7 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_file():
-        if suffix in _JSON_LINES:
+        if suffix in JSON_LINES:
             return _json_rows(path)
         if suffix == ".csv":
             return _csv_rows(path)
@@ -47,7 +47,7 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -68,7 +68,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
     def lines() -> Iterator[str]:
         nonlocal taken
-        for _, line in _lines(path):
+        for _, line in read_lines(path):
             taken += len(line)
             if taken > _MAX_ROW:  # quoted, a row has any number of lines
                 raise _too_long(f"{path}:{number}")
@@ -113,8 +113,12 @@ def _csv_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     return {name: cell for name, cell in row.items() if name != "prompt" or cell}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Decoded lines with their numbers; only a line feed ends a line, as in JSONL."""
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Decoded lines with their numbers; only a line feed ends a line, as in JSONL.
+
+    Raises:
+        PairsError: unreadable, too long, or not UTF-8; names file and line.
+    """
     try:
         with path.open("rb") as stream:
             for number, raw in enumerate(iter(partial(stream.readline, _MAX_ROW + 1), b""), 1):
@@ -132,7 +136,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _too_long(where: str) -> PairsError:
-    return PairsError(f"{where}: a row of more than {_MAX_ROW} bytes; is it a pairs file?")
+    return PairsError(f"{where}: a row of more than {_MAX_ROW} bytes; is it the right file?")
 
 
 def _parquet_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -197,7 +197,7 @@ class SteeringAdapter:
         check_sites(self.sites, self.architecture, num_layers, read)
         if force:
             return
-        found = fingerprint(self.architecture, [s.site for s in self.sites], read)
+        found = self._fingerprint_of(read)
         if found != self.config.base_model_fingerprint:
             raise AdapterError(
                 "adapter for another base model: made for "
@@ -205,6 +205,13 @@ class SteeringAdapter:
                 f"{self.config.base_model_fingerprint}, this model has {found}; "
                 "use the right base, or force it (force=True, --force)"
             )
+
+    def is_made_for(self, read: ReadTensor) -> bool:
+        """Whether the model whose tensors `read` gives is this adapter's base."""
+        return self._fingerprint_of(read) == self.config.base_model_fingerprint
+
+    def _fingerprint_of(self, read: ReadTensor) -> str:
+        return fingerprint(self.architecture, [s.site for s in self.sites], read)
 
     @contextmanager
     def attached(

@@ -29,17 +29,30 @@ with adapter.attached(model):
     return model_card(config, "adapter", "austeer", usage)
 
 
-def model_card(config: AdapterConfig, relation: str, library: str, usage: str) -> str:
+def model_card(
+    config: AdapterConfig,
+    relation: str,
+    library: str,
+    usage: str,
+    *,
+    scale: float = 1.0,
+    own_base: bool = True,
+) -> str:
     """A model card with the Hub's metadata block, the adapter's facts and its figures.
+
+    The figures are the fit's, and left out where the product is another thing.
 
     Args:
         config: the adapter's config.
         relation: the Hub's `base_model_relation` (`adapter`, `finetune`, …).
         library: the Hub's `library_name`.
         usage: Markdown that shows how to load the files.
+        scale: factor on every γ.
+        own_base: whether the product's base is that of the adapter.
     """
     name = config.base_model_name_or_path
-    base = {"base_model": name} if _is_hub_id(name) else {}
+    base = {"base_model": name} if own_base and _is_hub_id(name) else {}
+    fitted = own_base and scale == 1.0
     metadata = {
         "library_name": library,
         **base,
@@ -56,12 +69,17 @@ def model_card(config: AdapterConfig, relation: str, library: str, usage: str) -
 
 # {_TITLES[relation]}
 
-{config.k} activation units of {f"`{name}`" if name else "a model in memory"} rescaled at
+{config.k} activation units of {_base(name, own_base)} rescaled at
 {", ".join(config.components)}, strength `{config.strength}`,
 made with austeer (AUSteer, arXiv 2602.04428).
 
 {usage}
-{_figures(figures_of_test(config.fit))}"""
+{_figures(figures_of_test(config.fit)) if fitted else ""}"""
+
+
+def _base(name: str, own_base: bool) -> str:
+    called = f"`{name}`" if name else "a model in memory"
+    return called if own_base else f"another model than {called}, for which they were chosen,"
 
 
 def _is_hub_id(name: str) -> bool:
@@ -77,4 +95,12 @@ def _figures(test: Mapping[str, Any]) -> str:
         for name, value in sorted(test.items())
         if isinstance(value, float)
     )
-    return f"\n## Held-out figures\n\n| figure | value |\n|---|---|\n{rows}\n"
+    return f"""
+## Held-out figures
+
+Of the adapter, attached at its fitted strength to the model that it was fitted on.
+
+| figure | value |
+|---|---|
+{rows}
+"""

@@ -7,18 +7,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from torch import nn
 
 from austeer.adapters._errors import AdapterError, ModelError
 
-_attached: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
+if TYPE_CHECKING:
+    from austeer.adapters.adapter import SteeringAdapter
+
+_attached: WeakKeyDictionary[nn.Module, list[SteeringAdapter]] = WeakKeyDictionary()
 
 
 @contextmanager
-def attachment(model: nn.Module, adapter: object, scale: object) -> Iterator[None]:
+def attachment(model: nn.Module, adapter: SteeringAdapter, scale: object) -> Iterator[None]:
     """Keep `adapter` on the list of those on `model` inside the context.
 
     Raises:
@@ -27,7 +31,7 @@ def attachment(model: nn.Module, adapter: object, scale: object) -> Iterator[Non
     if not (isinstance(scale, Real) and math.isfinite(scale)):
         raise AdapterError(f"attached: scale {scale!r}: expected a finite number")
     present = _attached.setdefault(_original(model), [])
-    if any(one is adapter for one in present):
+    if any(one is adapter or _same_gains(one, adapter) for one in present):
         raise AdapterError(
             "this adapter is attached to the model already, and its gains would multiply; use "
             "one context, with the scale that you want"
@@ -49,7 +53,8 @@ def check_bare(model: nn.Module, purpose: str) -> None:
         purpose: what for, as the message calls it.
 
     Raises:
-        ModelError: it is no model, an adapter is attached to it, or it is compiled.
+        ModelError: it is no model, an adapter (of ours, or of peft) is on it, or it is
+            compiled.
     """
     check_module(model, purpose)
     from austeer.adapters.attach import is_transformed
@@ -63,6 +68,11 @@ def check_bare(model: nn.Module, purpose: str) -> None:
         raise ModelError(
             f"{purpose}: an adapter is attached to the model, which would be taken for its "
             "base; leave that context first"
+        )
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ModelError(
+            f"{purpose}: peft stands between the model's layers, and its weights are not the "
+            "base's; call merge_and_unload() first, and save what comes out: that is the base"
         )
     if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
         raise ModelError(f"{purpose}: the model is compiled; compile it afterwards")
@@ -96,6 +106,14 @@ def check_tokenizer(tokenizer: object, purpose: str) -> None:
             f"{purpose}: expected a tokenizer of transformers, got {type(tokenizer).__name__}; "
             "load one with load_tokenizer"
         )
+
+
+def _same_gains(one: SteeringAdapter, other: SteeringAdapter) -> bool:
+    """Whether two adapters steer alike, as one does that was loaded twice."""
+    first, second = one.tensors(), other.tensors()
+    return first.keys() == second.keys() and all(
+        np.array_equal(first[name], second[name]) for name in first
+    )
 
 
 def _original(model: nn.Module) -> nn.Module:

@@ -1,11 +1,9 @@
-"""Contrastive pairs: read JSONL, CSV, Parquet or Hub rows, check each, split by content."""
+"""Contrastive pairs: read JSONL, CSV, Parquet or Hub rows, and check each."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +37,11 @@ class ContrastivePair:
     where: str = ""
 
     @property
+    def is_chat(self) -> bool:
+        """Whether a chat template writes the prompt, special tokens included."""
+        return self.messages is not None
+
+    @property
     def place(self) -> str:
         """What an error message calls the pair."""
         return self.where or f"the pair with positive {self.positive[:40]!r}"
@@ -52,6 +55,11 @@ class ContrastivePair:
     def context(self) -> Any:
         """What comes before the completions: the messages if there are any, else the prompt."""
         return self.prompt if self.messages is None else list(self.messages)
+
+    @property
+    def context_text(self) -> str:
+        """The same in one line, to compare."""
+        return _canonical(self.context)
 
 
 def read_pairs(source: str | Path, *, split: str = "train") -> list[ContrastivePair]:
@@ -119,6 +127,8 @@ def render_pairs(
 ) -> list[ContrastivePair]:
     """Fill the prompt of every `messages` pair by the tokenizer's chat template.
 
+    Such a prompt is whole: its tokens come without those that the tokenizer adds to a text.
+
     Raises:
         PairsError: no pairs, no template in the tokenizer, or one that refuses the messages.
     """
@@ -129,81 +139,12 @@ def render_pairs(
     ]
 
 
-def split_pairs(
-    pairs: Sequence[ContrastivePair], fractions: Sequence[float], seed: int = 0
-) -> list[list[ContrastivePair]]:
-    """Split by content hash: the same pairs give the same splits, whatever their order.
-
-    Pairs that share a non-empty prompt stay together, so that no prompt of one split is seen
-    in another; but for one that holds more than half of all pairs.
-
-    Args:
-        pairs: pairs without repetitions.
-        fractions: share of each split, positive, summing to 1; held as closely as groups allow.
-        seed: another seed gives another split.
-
-    Raises:
-        PairsError: bad fractions, or too few pairs (or distinct prompts) for so many splits.
-    """
-    if min(fractions, default=0.0) <= 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-        raise PairsError(
-            f"split: expected positive fractions with sum 1, got {list(fractions)}"
-        )
-    groups = _groups(pairs, seed)
-    if len(groups) < len(fractions):
-        raise PairsError(
-            f"split: {len(pairs)} pairs with {len(groups)} distinct prompts do not fill "
-            f"{len(fractions)} splits; give more pairs"
-        )
-    splits: list[list[ContrastivePair]] = [[] for _ in fractions]
-    for number, group in enumerate(groups):
-        lacking = [
-            share * len(pairs) - len(s) for share, s in zip(fractions, splits, strict=True)
-        ]
-        empty = [index for index, split in enumerate(splits) if not split]
-        # The last groups go where there is none yet: rounding must not leave a split empty.
-        open_to = empty if len(groups) - number <= len(empty) else range(len(splits))
-        splits[max(open_to, key=lambda index: lacking[index])].extend(group)
-    return [sorted(split, key=lambda pair: _digest(pair.content, seed)) for split in splits]
-
-
 def pairs_digest(pairs: Iterable[ContrastivePair]) -> str:
     """`sha256:` digest of a set of pairs, whatever their order."""
     total = hashlib.sha256()
-    for line in sorted(_digest(pair.content) for pair in pairs):
+    for line in sorted(text_digest(pair.content) for pair in pairs):
         total.update(line.encode())
     return f"sha256:{total.hexdigest()}"
-
-
-def group_keys(
-    pairs: Sequence[ContrastivePair], among: Sequence[ContrastivePair] | None = None
-) -> list[str]:
-    """What tells which pairs belong together: their prompt, else their own content.
-
-    Where one prompt holds more than half of all pairs, it tells nothing, and each pair with it
-    stands for itself.
-
-    Args:
-        pairs: the pairs, of a split say.
-        among: all pairs, where these are some of them.
-    """
-    everywhere = Counter(map(_group_key, pairs if among is None else among))
-    (most, times), *_ = [*everywhere.most_common(1), ("", 0)]
-    alone = most if 2 * times > everywhere.total() else None
-    keys = map(_group_key, pairs)
-    return [p.content if key == alone else key for p, key in zip(pairs, keys, strict=True)]
-
-
-def _group_key(pair: ContrastivePair) -> str:
-    return _canonical(pair.context) if pair.context else pair.content
-
-
-def _groups(pairs: Sequence[ContrastivePair], seed: int) -> list[list[ContrastivePair]]:
-    """Pairs that must stay together: largest group first, then in order of their hash."""
-    groups: dict[str, list[ContrastivePair]] = {}
-    for pair, key in zip(pairs, group_keys(pairs), strict=True):
-        groups.setdefault(_digest(key, seed), []).append(pair)
-    return [groups[key] for key in sorted(groups, key=lambda key: (-len(groups[key]), key))]
 
 
 def _pair(where: str, row: Mapping[str, Any]) -> ContrastivePair:
@@ -267,30 +208,29 @@ def _rendered(pair: ContrastivePair, tokenizer: PreTrainedTokenizerBase) -> str:
             f"{pair.place}: has messages, but the tokenizer has no chat template; "
             "use prompt instead, or a chat model"
         )
+    turns = list(pair.messages or ())
+    # The completion goes on with what the assistant has begun, in its turn.
+    begun = bool(turns) and turns[-1].get("role") == "assistant"
     try:
         text = tokenizer.apply_chat_template(
-            list(pair.messages or ()), tokenize=False, add_generation_prompt=True
+            turns,
+            tokenize=False,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
         )
     except Exception as error:  # templates raise jinja2's errors, and any other
         reason = " ".join(str(error).split())[:200]
         raise PairsError(
             f"{pair.place}: the chat template refuses the messages ({reason})"
         ) from error
-    return _without_bos(str(text), tokenizer)
-
-
-def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Drop a template's leading bos where the tokenizer will add one itself."""
-    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
-    if bos and text.startswith(bos) and list(tokenizer("")["input_ids"])[:1] == [bos_id]:
-        return text.removeprefix(bos)
-    return text
+    return str(text)
 
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _digest(text: str, seed: int | None = None) -> str:
+def text_digest(text: str, seed: int | None = None) -> str:
+    """Of a text, and of the seed."""
     salted = text if seed is None else f"{seed}:{text}"
     return hashlib.sha256(salted.encode()).hexdigest()

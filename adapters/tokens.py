@@ -105,17 +105,31 @@ def tokenize_pairs(
     pairs: Sequence[ContrastivePair],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int = MAX_TOKENS,
+    *,
+    appended: bool = True,
 ) -> list[PairTokens]:
     """Tokenize `prompt + completion` as one string each, cut after `max_tokens`.
+
+    To a string of `messages` no special tokens are added, as `apply_chat_template` adds none.
+
+    Args:
+        pairs: the pairs.
+        tokenizer: the model's.
+        max_tokens: tokens of a string that are used.
+        appended: keep what the tokenizer puts behind every text.
 
     Raises:
         PairsError: a prompt leaves no room for a completion, or both strings are one after
             tokenization; names file and line.
     """
     pairs = render_pairs(pairs, tokenizer)
-    prompts = _encode(tokenizer, [pair.prompt for pair in pairs])
-    positives = _encode(tokenizer, [pair.prompt + pair.positive for pair in pairs])
-    negatives = _encode(tokenizer, [pair.prompt + pair.negative for pair in pairs])
+    prompts = _encode(tokenizer, pairs, [pair.prompt for pair in pairs])
+    positives = _encode(tokenizer, pairs, [pair.prompt + pair.positive for pair in pairs])
+    negatives = _encode(tokenizer, pairs, [pair.prompt + pair.negative for pair in pairs])
+    if not appended:
+        positives, negatives = (
+            _without_appended(tokenizer, rows) for rows in (positives, negatives)
+        )
     for pair, prompt in zip(pairs, prompts, strict=True):
         if len(prompt) >= max_tokens:
             raise PairsError(
@@ -126,6 +140,24 @@ def tokenize_pairs(
         _branched(pair.place, positive, negative, max_tokens)
         for pair, positive, negative in zip(pairs, positives, negatives, strict=True)
     ]
+
+
+def prompt_ids(
+    pairs: Sequence[ContrastivePair], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Token ids of each pair's prompt, as they come before a text that goes on.
+
+    Raises:
+        PairsError: no chat template for `messages`, or one that refuses them.
+    """
+    pairs = render_pairs(pairs, tokenizer)
+    encoded = _encode(tokenizer, pairs, [pair.prompt for pair in pairs])
+    return _without_appended(tokenizer, encoded)
+
+
+def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text, without what the tokenizer puts behind it."""
+    return _without_appended(tokenizer, [list(tokenizer(text)["input_ids"]) for text in texts])
 
 
 def plan_batches(tokens: Sequence[PairTokens], token_budget: int) -> list[tuple[int, ...]]:
@@ -182,11 +214,30 @@ def _branched(
     return PairTokens(positive[:shared], positive[shared:], negative[shared:], where, cut)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    found: list[list[int]] = []
-    # A tokenizer keeps many times the memory of the ids until it returns.
-    for start in range(0, len(texts), _TEXTS):
-        # verbose=False: a text longer than the model is cut here, and needs no warning.
-        encoded: Any = tokenizer(texts[start : start + _TEXTS], verbose=False)["input_ids"]
-        found += [list(ids) for ids in encoded]
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastivePair], texts: Sequence[str]
+) -> list[list[int]]:
+    """Ids of a text for each pair."""
+    found: list[list[int]] = [[] for _ in texts]
+    for chat in (False, True):
+        numbers = [number for number, pair in enumerate(pairs) if pair.is_chat is chat]
+        # A tokenizer keeps many times the memory of the ids until it returns.
+        for start in range(0, len(numbers), _TEXTS):
+            some = numbers[start : start + _TEXTS]
+            encoded: Any = tokenizer(
+                [texts[number] for number in some],
+                add_special_tokens=not chat,
+                # A text longer than the model is cut here, and needs no warning.
+                verbose=False,
+            )
+            for number, ids in zip(some, encoded["input_ids"], strict=True):
+                found[number] = list(ids)
     return found
+
+
+def _without_appended(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]
+) -> list[list[int]]:
+    tail = list(appended_tokens(tokenizer))
+    cut = len(tail)
+    return [row[:-cut] if tail and row[-cut:] == tail else row for row in rows]

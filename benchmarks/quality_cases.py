@@ -25,7 +25,8 @@ from austeer.adapters.activations.capture import capture
 from austeer.adapters.fitting.candidates import FitOptions
 from austeer.adapters.fitting.fit import fit_shares
 from austeer.adapters.measurement.measure import Splits, make_splits
-from austeer.adapters.pairs import ContrastivePair, iter_pairs, split_pairs
+from austeer.adapters.pair_groups import split_pairs
+from austeer.adapters.pairs import ContrastivePair, iter_pairs
 from austeer.adapters.tokens import token_limit, tokenize_pairs
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

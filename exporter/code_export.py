@@ -33,7 +33,7 @@ from austeer.exporter.checkpoint import (
     index_metadata,
     refuse_unwritable,
 )
-from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
+from austeer.exporter.merge import is_own_base, open_base, read_model_config, refuse_quantized
 from austeer.exporter.proofs.code_check import verify_code_structure
 from austeer.exporter.provenance import ProductFacts, Seal
 from austeer.exporter.routes import Route, check_gains
@@ -105,7 +105,10 @@ def write_code(
     write_json(folder / "config.json", steered_config(config, adapter, scale))
     _name_tokenizer(config, folder)
     shutil.copyfile(code_file(), folder / CODE_NAME)
-    card = model_card(adapter.config, "finetune", "transformers", _usage())
+    own = is_own_base(checkpoint, adapter) if force else True
+    card = model_card(
+        adapter.config, "finetune", "transformers", _usage(), scale=scale, own_base=own
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

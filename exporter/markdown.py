@@ -114,6 +114,17 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def ranking_saw_test(report: Mapping[str, Any]) -> bool:
+    """Whether a given ranking may count test pairs: it was made from other pairs."""
+    fit, data = report.get("fit") or {}, report.get("data") or {}
+    used = fit.get("ranking_pairs")
+    if used is None or fit.get("ranking_on_fit_split"):
+        return False
+    # All of the pairs are the test's as well, unless that has a file of its own.
+    apart = (data.get("pairs") or {}).get("digest") if "test_pairs" in data else None
+    return used not in (apart, (fit.get("digests") or {}).get("validation"))
+
+
 def number(value: object) -> str:
     """Four significant digits; a dash for what is absent or not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -124,8 +135,9 @@ def number(value: object) -> str:
 def _sections(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     test, validation = report.get("test") or {}, report.get("validation") or {}
     data = report.get("data", {})
+    unseen = "" if ranking_saw_test(report) else " (no choice has seen it)"
     return [
-        ("Test split (no choice has seen it)", table(FIGURE_HEADER, figure_rows(test))),
+        (f"Test split{unseen}", table(FIGURE_HEADER, figure_rows(test))),
         ("Validation split", table(FIGURE_HEADER, figure_rows(validation))),
         ("Products", table(PRODUCT_HEADER, product_rows(report.get("products", [])))),
         ("Before and after (greedy)", _samples(report.get("samples", []))),

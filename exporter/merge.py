@@ -138,7 +138,11 @@ def write_folded(
         raise RouteError(f"this adapter cannot fold: {describe_refusals(plan)}")
     copied = _write(checkpoint, folder, plan, stored, check)
     check_effect(copied.changed, scale)
-    card = model_card(adapter.config, "finetune", "transformers", _usage(scale))
+    own = is_own_base(checkpoint, adapter) if force and quantization is None else True
+    usage = _usage(scale)
+    card = model_card(
+        adapter.config, "finetune", "transformers", usage, scale=scale, own_base=own
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     units = sum(len(steered.index) for steered in adapter.sites)
     names, files = tuple(plan.by_tensor()), (*copied.names, "README.md")
@@ -221,6 +225,11 @@ def _open(
         return checkpoint, partial(_check_layers, adapter, layers)
     read = checkpoint_reader(adapter.architecture, checkpoint)
     return checkpoint, partial(adapter.check_base, read, layers, force)
+
+
+def is_own_base(checkpoint: Checkpoint, adapter: SteeringAdapter) -> bool:
+    """Whether a base that was accepted by force is the adapter's all the same."""
+    return adapter.is_made_for(checkpoint_reader(adapter.architecture, checkpoint))
 
 
 def _check_layers(adapter: SteeringAdapter, layers: int) -> None:

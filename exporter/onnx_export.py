@@ -22,8 +22,8 @@ from austeer.adapters.card import model_card
 from austeer.adapters.fingerprint import module_reader
 from austeer.exporter.onnx_decoder import WRAPPED, CachedDecoder, example_inputs
 from austeer.exporter.routes import check_gains
-from austeer.graphs.graft import graft_model
-from austeer.graphs.graft_plan import ScaleAs
+from austeer.graphs.graft import apply_plan
+from austeer.graphs.graft_plan import ScaleAs, plan_graft
 from austeer.graphs.model_io import save_model
 from austeer.graphs.tidy import tidy_causal_lm
 
@@ -52,6 +52,7 @@ def write_onnx(
     scale: float = 1.0,
     scale_as: str = ScaleAs.CONSTANT,
     force: bool = False,
+    own_base: bool | None = None,
 ) -> Path:
     """Write the steered model as ONNX, with config, tokenizer and model card, into `folder`.
 
@@ -66,6 +67,7 @@ def write_onnx(
         scale: strength factor, in the graph as `austeer.scale`.
         scale_as: a `ScaleAs`: whether the factor is a graph input instead.
         force: accept a base model with other weights.
+        own_base: whether it is the adapter's base, for the model card; None for a look.
 
     Returns:
         The path of `model.onnx`.
@@ -73,18 +75,25 @@ def write_onnx(
     Raises:
         AdapterError: the model is not the adapter's base (unless `force`).
         RouteError: the model cannot be exported to ONNX, or nothing is steered.
-        GraphError: a site cannot be found in the exported graph.
+        GraphError: a site cannot be found in the exported graph, or a predictor has a rank
+            that the compiled kernels do not take.
         OutputError: the files cannot be written.
     """
     adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
     check_gains([adapter], scale, scale_as)
+    if own_base is None:
+        own_base = not force or adapter.is_made_for(module_reader(model))
+    # What cannot be grafted is refused before an export that takes minutes.
+    plan = plan_graft(adapter, scale, ScaleAs(scale_as))
     model = _runnable(model)
     graph = export_graph(model)
-    graft_model(graph, adapter, scale, scale_as=ScaleAs(scale_as))
+    apply_plan(graph, plan)
     path = folder / MODEL_NAME
     save_model(graph, path)
     _write_companions(model, tokenizer, folder)
-    card = model_card(adapter.config, "finetune", "onnx", _USAGE)
+    card = model_card(
+        adapter.config, "finetune", "onnx", _USAGE, scale=scale, own_base=own_base
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return path
 

@@ -20,7 +20,7 @@ from austeer.adapters.card import model_card
 from austeer.adapters.sites import Component, Site
 from austeer.adapters.tensors import Tensors, write_tensors
 from austeer.adapters.weights import Checkpoint
-from austeer.exporter.merge import open_base, read_model_config, refuse_quantized
+from austeer.exporter.merge import is_own_base, open_base, read_model_config, refuse_quantized
 from austeer.exporter.peft_content import NAMES, peft_content
 from austeer.exporter.peft_plan import MIXTURE_REFUSAL, PeftPlan
 from austeer.exporter.provenance import ProductFacts, Seal
@@ -140,7 +140,9 @@ def write_peft(
     write_json(folder / CONFIG, config)
     # The metadata is what torch's loaders look for before they read a file.
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    card = model_card(adapter.config, "adapter", "peft", _usage(adapter, route, plan, scale))
+    own = is_own_base(checkpoint, adapter) if force else True
+    usage = _usage(adapter, route, plan, scale)
+    card = model_card(adapter.config, "adapter", "peft", usage, scale=scale, own_base=own)
     (folder / "README.md").write_text(card, encoding="utf-8")
     units = sum(len(steered.index) for steered in adapter.sites)
     rank = plan.rank if route is Route.LORA else 0

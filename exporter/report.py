@@ -12,7 +12,7 @@ from austeer.adapters._files import write_json
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.config import library_versions
 from austeer.exporter.describe import site_rows
-from austeer.exporter.markdown import report_markdown
+from austeer.exporter.markdown import ranking_saw_test, report_markdown
 
 REPORT_JSON = "report.json"
 REPORT_MARKDOWN = "report.md"
@@ -113,10 +113,16 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             f"Steered continuations are {test['fluency']:.2f} times as surprising to the base "
             "model as its own: read the sample texts."
         )
-    if _ranking_saw_test(report):
+    for name, figures in (("test", test), ("validation", report.get("validation") or {})):
+        if figures.get("cut"):
+            found.append(
+                f"{figures['cut']} of {figures['pairs']} {name} pairs are longer than the "
+                "tokens that are used: they were cut, and measured on what is left."
+            )
+    if ranking_saw_test(report):
         found.append(
-            "The ranking was not made from the fit split and may have seen the test pairs: the "
-            "test figures may flatter; give --test-pairs of their own."
+            "The ranking was made from other pairs than the fit's and may have seen the test "
+            "pairs: the test figures may flatter; leave --ranking out to localize anew."
         )
     flips = (report.get("selected") or {}).get("units_that_can_flip_sign")
     if flips:
@@ -145,13 +151,6 @@ def as_json(value: Any) -> Any:
 
 def _text(value: str) -> str:
     return value.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _ranking_saw_test(report: Mapping[str, Any]) -> bool:
-    """Whether a given ranking may count pairs of the test split, taken from the same file."""
-    own_test_file = "test_pairs" in report.get("data", {})
-    known = (report.get("fit") or {}).get("ranking_on_fit_split", True)
-    return not known and not own_test_file
 
 
 def _finite(value: object) -> bool:

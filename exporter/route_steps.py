@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from austeer.adapters.adapter import SteeringAdapter
+from austeer.adapters.weights import Checkpoint
+from austeer.exporter.merge import is_own_base
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import Handling
 
@@ -43,6 +45,8 @@ def write_product(
     if route is Route.ONNX:
         from austeer.exporter.onnx_export import write_onnx
 
+        # Of the files: the live model may be loaded in another dtype.
+        own = not force or is_own_base(Checkpoint(base.folder), adapter)
         write_onnx(
             base.model,
             base.tokenizer,
@@ -51,6 +55,7 @@ def write_product(
             scale=scale,
             scale_as=handling.scale_as,
             force=force,
+            own_base=own,
         )
     elif route is Route.CODE:
         from austeer.exporter.code_export import write_code

@@ -62,8 +62,10 @@ class _Clock:
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
-        self.seconds[stage] = round(time.monotonic() - started, 2)
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(time.monotonic() - started, 2)
 
 
 def run_job(options: RunOptions, progress: Progress = silent) -> RunReport:

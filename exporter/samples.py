@@ -9,6 +9,7 @@ import torch
 
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.pairs import ContrastivePair
+from austeer.adapters.tokens import prompt_ids
 
 if TYPE_CHECKING:
     from austeer.exporter.products import Base
@@ -27,23 +28,23 @@ def before_and_after(
     Returns:
         Entries with `prompt`, `base` and `steered`.
     """
-    prompts = list(dict.fromkeys(pair.prompt for pair in pairs if pair.prompt))
-    prompts = prompts[:: max(1, len(prompts) // count)][:count]
-    before = [continue_greedily(base, prompt, new_tokens) for prompt in prompts]
+    distinct = list({pair.prompt: pair for pair in pairs if pair.prompt}.values())
+    distinct = distinct[:: max(1, len(distinct) // count)][:count]
+    prompts = prompt_ids(distinct, base.tokenizer)
+    before = [continue_greedily(base, ids, new_tokens) for ids in prompts]
     # The files of the base were checked; loaded in another dtype, its fingerprint differs.
     with adapter.attached(base.model, force=True):
-        after = [continue_greedily(base, prompt, new_tokens) for prompt in prompts]
+        after = [continue_greedily(base, ids, new_tokens) for ids in prompts]
     return [
-        {"prompt": prompt, "base": plain, "steered": steered}
-        for prompt, plain, steered in zip(prompts, before, after, strict=True)
+        {"prompt": pair.prompt, "base": plain, "steered": steered}
+        for pair, plain, steered in zip(distinct, before, after, strict=True)
     ]
 
 
 @torch.no_grad()
-def continue_greedily(base: Base, prompt: str, new_tokens: int) -> str:
-    """Greedy continuation of one prompt; the prompt itself is left out."""
-    encoded = base.tokenizer(prompt, return_tensors="pt")
-    ids = encoded["input_ids"].to(base.model.device)
+def continue_greedily(base: Base, prompt: Sequence[int], new_tokens: int) -> str:
+    """Greedy continuation of one prompt, in token ids; the prompt itself is left out."""
+    ids = torch.tensor([prompt], device=base.model.device)
     output = base.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -15,6 +15,7 @@ from austeer.adapters._errors import FitError, OutputError
 from austeer.adapters._files import check_output_free, final_path
 from austeer.adapters._json import parse_json
 from austeer.adapters._progress import Progress, silent
+from austeer.adapters._rows import JSON_LINES, read_lines
 from austeer.adapters.localization.distributed import launched
 from austeer.adapters.localization.run import Ranking, localize
 from austeer.adapters.localization.state_file import discard_state
@@ -22,6 +23,8 @@ from austeer.adapters.pairs import read_pairs, render_pairs
 from austeer.adapters.sites import Component
 from austeer.exporter.products import Base, load_base
 from austeer.exporter.settings import BaseOptions, check_timeout
+
+_TEXTS = (".txt", ".md", "")
 
 
 def localize_job(
@@ -145,21 +148,21 @@ def load_ranking(path: Path | None, components: Sequence[Component]) -> Ranking 
 
 
 def read_texts(path: Path | None) -> list[str] | None:
-    """Neutral texts: one a line, or the `text` of each line of a .jsonl file.
+    """Neutral texts: one a line, or the `text` of each line of a file of JSON lines.
 
     Raises:
-        FitError: unreadable, a line without text, or no text at all.
+        FitError: of a kind that holds no lines of text, a line without text, or no text.
+        PairsError: unreadable, or not UTF-8.
     """
     if path is None:
         return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise FitError(f"{path}: cannot read the neutral text ({reason})") from error
+    kind = path.suffix.lower()
+    if kind not in (*JSON_LINES, *_TEXTS):
+        known = ", ".join((*JSON_LINES, *filter(None, _TEXTS)))
+        raise FitError(f"{path}: neutral text: expected a file ending in {known}")
     texts = [
-        _text(f"{path}:{number}", line, path.suffix == ".jsonl")
-        for number, line in enumerate(lines, 1)
+        _text(f"{path}:{number}", line.rstrip("\r\n"), kind in JSON_LINES)
+        for number, line in read_lines(path)
         if line.strip()
     ]
     if not texts:

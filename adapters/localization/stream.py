@@ -96,9 +96,28 @@ class PairStream:
                 len(self._pairs),
                 self._max_tokens,
             )
-        if appended_tokens(self._tokenizer):
+        self._warn_of_a_second_start()
+        plain = not all(pair.is_chat for pair in self._pairs)
+        if plain and appended_tokens(self._tokenizer):
             notice.warning(
                 "the tokenizer appends a token to every text: activations are read at that one"
+            )
+
+    def _warn_of_a_second_start(self) -> None:
+        start = self._tokenizer.bos_token
+        if not start or list(self._tokenizer("")["input_ids"])[:1] != [
+            self._tokenizer.bos_token_id
+        ]:
+            return
+        twice = [p for p in self._pairs if not p.is_chat and p.prompt.startswith(start)]
+        if twice:
+            notice.warning(
+                "%s: the prompt begins with %s, which the tokenizer adds as well: the model "
+                "sees it twice (%d of %d pairs); leave it out, or give chat turns as messages",
+                twice[0].place,
+                start,
+                len(twice),
+                len(self._pairs),
             )
 
     @cached_property

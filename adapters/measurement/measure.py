@@ -23,15 +23,17 @@ from austeer.adapters.measurement.fluency import (
 from austeer.adapters.measurement.intervals import Measured, grouped_interval
 from austeer.adapters.measurement.neutral import (
     TokenText,
-    encode_prompts,
     encode_texts,
+    pad_prompts,
     sample_neutral,
     start_token,
 )
-from austeer.adapters.pairs import ContrastivePair, group_keys, split_pairs
+from austeer.adapters.pair_groups import group_keys, split_pairs, whole_texts
+from austeer.adapters.pairs import ContrastivePair
 from austeer.adapters.tokens import (
     PairTokens,
     check_vocabulary,
+    prompt_ids,
     token_limit,
     tokenize_pairs,
 )
@@ -88,20 +90,14 @@ def make_splits(
         return Splits(fit, validation, test)
     if not test_pairs:
         raise FitError("test pairs: expected at least one, got none")
-    known = set(map(_texts, pairs))
+    known = set(map(whole_texts, pairs))
     for pair in test_pairs:
-        if _texts(pair) in known:
+        if whole_texts(pair) in known:
             raise FitError(
                 f"{pair.place}: this test pair is also a training pair; remove it from one file"
             )
     fit, validation = split_pairs(pairs, (0.75, 0.25), seed)
     return Splits(fit, validation, list(test_pairs), apart=True)
-
-
-def _texts(pair: ContrastivePair) -> tuple[str, ...]:
-    """Both texts, wherever the prompt ends in them and whatever space is between words."""
-    before = pair.prompt or (str(pair.context) if pair.messages else "")
-    return tuple(" ".join((before + one).split()) for one in (pair.positive, pair.negative))
 
 
 class Share:
@@ -146,7 +142,9 @@ class Share:
     @cached_property
     def tokens(self) -> list[PairTokens]:
         """The pairs, tokenized."""
-        tokens = tokenize_pairs(self.pairs, self._tokenizer, token_limit(self._model))
+        limit = token_limit(self._model)
+        # An end token behind a completion is no part of it.
+        tokens = tokenize_pairs(self.pairs, self._tokenizer, limit, appended=False)
         tokens = self._started(tokens)
         for pair in tokens:
             check_vocabulary(self._model, pair.where, pair.path())
@@ -247,14 +245,16 @@ class Share:
         }
         # Intervals are those over prompts: of few they say little.
         counts = {"pairs": len(self.pairs), "prompts": self._prompts}
-        return counts | as_report(measured)
+        cut = sum(pair.cut for pair in self.tokens)
+        return counts | ({"cut": cut} if cut else {}) | as_report(measured)
 
     @cached_property
     def prompts(self) -> TokenText:
         """Prompts of the pairs, for continuations."""
-        chosen = list(dict.fromkeys(pair.prompt for pair in self.pairs))[:_FLUENCY_PROMPTS]
+        prompts = dict.fromkeys(map(tuple, prompt_ids(self.pairs, self._tokenizer)))
         room = token_limit(self._model) - CONTINUATION
-        found = encode_prompts(chosen, self._tokenizer, max(room, 1))
+        chosen = list(prompts)[:_FLUENCY_PROMPTS]
+        found = pad_prompts(chosen, self._tokenizer, max(room, 1))
         check_vocabulary(self._model, "prompts", found.input_ids[found.valid].tolist())
         return found
 

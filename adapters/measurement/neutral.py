@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.adapters.architectures import text_config
-from austeer.adapters.tokens import appended_tokens, check_vocabulary
+from austeer.adapters.tokens import check_vocabulary, text_ids
 
 # Share of the tokens asked for below which a sample says too little of what steering does.
 _ENOUGH = 0.5
@@ -108,14 +108,15 @@ def encode_prompts(
 
     What the tokenizer appends to a text is left out: nothing goes on behind an end token.
     """
-    start, appended = start_token(tokenizer), appended_tokens(tokenizer)
-    encoded = []
-    for prompt in prompts:
-        ids = list(tokenizer(prompt)["input_ids"])
-        if appended and tuple(ids[-len(appended) :]) == appended:
-            del ids[-len(appended) :]
-        encoded.append(ids[-limit:] or [start or 0])
-    return _padded(encoded, left=True)
+    return pad_prompts(text_ids(prompts, tokenizer), tokenizer, limit)
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> TokenText:
+    """The last `limit` tokens of each prompt, left-padded; of none, the start token."""
+    start = start_token(tokenizer) or 0
+    return _padded([ids[-limit:] or [start] for ids in prompts], left=True)
 
 
 def encode_texts(

@@ -29,15 +29,17 @@ from austeer.exporter.settings import BaseOptions
 @click.option(
     "--units",
     type=click.IntRange(0),
-    default=16,
-    show_default=True,
-    help="With --base: how many of the strongest units; 0 checks the base alone.",
+    help="With --base: how many of the strongest units; 0 checks the base alone.  "
+    "[default: 16]",
 )
 @base_options
 @json_option
-def show(adapter: str, model: str | None, units: int, as_json: bool, **options: Any) -> None:
+def show(
+    adapter: str, model: str | None, units: int | None, as_json: bool, **options: Any
+) -> None:
     """What ADAPTER steers, and with --base what its strongest units do one by one."""
     given = [name for name, value in options.items() if value not in (None, False, "cpu")]
+    given += ["units"] if units is not None else []
     if model is None and given:
         option = f"--{given[0].replace('_', '-')}"
         raise click.UsageError(f"{option}: is about the base model; name it with --base")
@@ -48,8 +50,9 @@ def show(adapter: str, model: str | None, units: int, as_json: bool, **options: 
     values = describe_adapter(loaded)
     if model is not None:
         base = chosen_base(options | {"model": model})
+        chosen = 16 if units is None else units
         with progress_on_terminal() as progress:
-            values |= describe_in_base(loaded, adapter, base, units, progress)
+            values |= describe_in_base(loaded, adapter, base, chosen, progress)
     if as_json:
         print_json(values)
     else:

@@ -72,6 +72,11 @@ def test_one_adapter_is_attached_once(tiny_model: TinyModel) -> None:
             adapter.attached(torch.compile(model, backend="eager")),
         ):
             pass
+        with (
+            pytest.raises(AdapterError, match="attached to the model already"),
+            some_adapter(tiny_model("llama")).attached(model),  # as one loaded twice
+        ):
+            pass
         torch.testing.assert_close(logits(model), steered)
         with other.attached(model):
             assert not torch.equal(logits(model), steered)
@@ -126,6 +131,16 @@ def test_the_name_of_a_model_is_no_model(tiny_model: TinyModel, no_model: Any) -
 def test_pairs_are_no_file_name(tiny_model: TinyModel, work: Any, pairs: Any) -> None:
     with pytest.raises(PairsError, match=r"read_pairs\(file\) gives them"):
         work(tiny_model("llama"), None, pairs)
+
+
+def test_a_model_under_peft_is_no_base(tiny_model: TinyModel) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(tiny_model("llama"), config)
+    for model in (wrapped, wrapped.base_model.model):
+        with pytest.raises(ModelError, match=r"fit: peft stands between .*merge_and_unload"):
+            check_bare(model, "fit")
+    check_bare(wrapped.merge_and_unload(), "fit")
 
 
 def test_a_copy_made_while_steered_is_no_base(tiny_model: TinyModel) -> None:

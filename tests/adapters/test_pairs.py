@@ -6,23 +6,20 @@ import copy
 import csv
 import datetime
 import json
-import random
 import resource
-import subprocess
 import sys
 import types
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hostile import attacked, changed_bytes, changed_json, memory_limit
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from requirements import need
 
-from austeer.adapters import ContrastivePair, PairsError, read_pairs, split_pairs
+from austeer.adapters import ContrastivePair, PairsError, read_pairs
 from austeer.adapters.pairs import check_pairs, iter_pairs, pairs_digest, render_pairs
 
 GOOD = {"prompt": "Tom felt", "positive": " happy", "negative": " sad"}
@@ -44,7 +41,9 @@ def refusal(source: Path | str) -> str:
 
 
 def make(number: int, prompt: str | None = None) -> ContrastivePair:
-    return ContrastivePair(f"p{number}" if prompt is None else prompt, f"+{number}", "-")
+    return ContrastivePair(
+        f"p{number}" if prompt is None else prompt, f"+{number}", f"-{number}"
+    )
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -467,23 +466,19 @@ def chat_tokenizer(tiny_tokenizer: Any) -> Any:
     return tokenizer
 
 
-def test_messages_are_rendered_once_and_without_a_second_bos(chat_tokenizer: Any) -> None:
+def test_messages_are_rendered_once(chat_tokenizer: Any) -> None:
     pairs = [make(1), ContrastivePair("", "a", "b", tuple(TURNS), "f:2")]
     rendered = render_pairs(pairs, chat_tokenizer)
     assert rendered[0] == pairs[0]
-    assert rendered[1].prompt == "user: Tom felt\nassistant:"
+    assert rendered[1].prompt == "<s>user: Tom felt\nassistant:"
     assert render_pairs(rendered, chat_tokenizer) == rendered
     assert pairs_digest(rendered) == pairs_digest(pairs)
-    ids = chat_tokenizer(rendered[1].prompt + "a")["input_ids"]
-    assert ids.count(chat_tokenizer.bos_token_id) == 1
 
 
-def test_bos_of_the_template_stays_where_the_tokenizer_adds_none(chat_tokenizer: Any) -> None:
-    from tokenizers import processors
-
-    chat_tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
-    rendered = render_pairs([ContrastivePair("", "a", "b", tuple(TURNS))], chat_tokenizer)
-    assert rendered[0].prompt.startswith("<s>user")
+def test_what_the_assistant_has_begun_goes_on(chat_tokenizer: Any) -> None:
+    begun = (*TURNS, {"role": "assistant", "content": "Tom was"})
+    (rendered,) = render_pairs([ContrastivePair("", "a", "b", begun)], chat_tokenizer)
+    assert rendered.prompt == "<s>user: Tom felt\nassistant: Tom was"
 
 
 def test_tokenizer_without_a_template(tiny_tokenizer: Any) -> None:
@@ -497,91 +492,9 @@ def test_template_that_refuses_a_role(chat_tokenizer: Any) -> None:
         render_pairs([ContrastivePair("", "a", "b", tuple(TURNS), "f:2")], chat_tokenizer)
 
 
-def sizes(splits: list[list[ContrastivePair]]) -> list[int]:
-    return [len(split) for split in splits]
-
-
-@pytest.mark.parametrize(
-    ("count", "fractions", "wanted"),
-    [
-        (100, (0.6, 0.2, 0.2), [60, 20, 20]),
-        (8, (0.5, 0.25, 0.25), [4, 2, 2]),
-        (3, (0.9, 0.05, 0.05), [1, 1, 1]),
-        (10, (1.0,), [10]),
-    ],
-)
-def test_fractions(count: int, fractions: tuple[float, ...], wanted: list[int]) -> None:
-    assert sizes(split_pairs([make(i) for i in range(count)], fractions)) == wanted
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    prompts=st.lists(st.sampled_from(["", "a", "b", "c", "d", "e"]), min_size=3, max_size=40),
-    seed=st.integers(0, 5),
-)
-def test_split_partitions_whatever_the_order(prompts: list[str], seed: int) -> None:
-    pairs = [make(number, prompt) for number, prompt in enumerate(prompts)]
-    shuffled = random.Random(seed).sample(pairs, len(pairs))
-    try:
-        splits = split_pairs(pairs, (0.5, 0.3, 0.2), seed)
-    except PairsError:
-        assert len(set(prompts)) < 3
-        return
-    assert splits == split_pairs(shuffled, (0.5, 0.3, 0.2), seed)
-    assert Counter(p for split in splits for p in split) == Counter(pairs)
-    assert all(splits)
-    held = [{pair.prompt for pair in split if pair.prompt} for split in splits]
-    prompt, most = Counter(prompts).most_common(1)[0]
-    if not prompt or most * 2 <= len(pairs):
-        assert not (held[0] & held[1] or held[0] & held[2] or held[1] & held[2])
-
-
-def test_one_prompt_for_most_pairs_is_split_all_the_same() -> None:
-    pairs = [make(number, "same" if number < 80 else None) for number in range(100)]
-    assert sizes(split_pairs(pairs, (0.6, 0.2, 0.2))) == [60, 20, 20]
-
-
-def test_another_seed_gives_another_split() -> None:
-    pairs = [make(number) for number in range(50)]
-    first, second = (set(split_pairs(pairs, (0.5, 0.5), seed)[0]) for seed in (0, 1))
-    assert first != second
-
-
-def test_split_is_the_same_in_another_process() -> None:
-    code = (
-        "from austeer.adapters.pairs import *\n"
-        "pairs = [ContrastivePair(f'p{i}', f'+{i}', '-') for i in range(40)]\n"
-        "print([p.prompt for p in split_pairs(pairs, (0.5, 0.5), 3)[0]])\n"
-        "import sys; assert 'torch' not in sys.modules"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONHASHSEED": "7"},
-    )
-    here = split_pairs([make(number) for number in range(40)], (0.5, 0.5), 3)[0]
-    assert shown.stdout.strip() == str([pair.prompt for pair in here])
-
-
-@pytest.mark.parametrize("fractions", [(), (0.5, 0.4), (1.2, -0.2), (1.0, 0.0)])
-def test_bad_fractions(fractions: tuple[float, ...]) -> None:
-    with pytest.raises(PairsError, match="sum 1"):
-        split_pairs([make(number) for number in range(9)], fractions)
-
-
-def test_too_few_groups_for_the_splits() -> None:
-    pairs = [make(number, "ab"[number % 2]) for number in range(10)]
-    with pytest.raises(PairsError, match=r"10 pairs with 2 distinct prompts .* 3 splits"):
-        split_pairs(pairs, (0.6, 0.2, 0.2))
-    with pytest.raises(PairsError, match="0 pairs"):
-        split_pairs([], (0.6, 0.4))
-
-
 def test_digest_depends_on_content_alone() -> None:
     pairs = [make(1), make(2)]
-    moved = ContrastivePair("p1", "+1", "-", None, "elsewhere:9")
+    moved = ContrastivePair("p1", "+1", "-1", None, "elsewhere:9")
     assert pairs_digest(pairs) == pairs_digest([make(2), moved])
     assert pairs_digest(pairs) != pairs_digest([make(1), make(3)])
     assert pairs_digest(pairs) != pairs_digest(pairs[:1])
@@ -589,16 +502,6 @@ def test_digest_depends_on_content_alone() -> None:
     assert pairs_digest([ContrastivePair("a", "b", "c")]) != pairs_digest(
         [ContrastivePair("ab", "", "c")]
     )
-
-
-def test_one_prompt_in_most_pairs_loosens_no_other() -> None:
-    pairs = [make(number, "always") for number in range(20)]
-    pairs += [make(100 + number, f"group {number % 3}") for number in range(12)]
-    splits = split_pairs(pairs, (0.6, 0.2, 0.2))
-    prompts = [{pair.prompt for pair in split} for split in splits]
-    assert sum("always" in found for found in prompts) > 1
-    for number in range(3):
-        assert sum(f"group {number}" in found for found in prompts) == 1
 
 
 @pytest.mark.parametrize("bad", [None, 3, "half \ud800"])

@@ -16,6 +16,8 @@ from austeer.adapters.tokens import (
     PairTokens,
     context_length,
     plan_batches,
+    prompt_ids,
+    text_ids,
     token_limit,
     tokenize_pairs,
 )
@@ -48,14 +50,58 @@ def test_empty_prompt(tiny_tokenizer: Any) -> None:
     assert found.prefix == (tiny_tokenizer.bos_token_id,)
 
 
-def test_messages_are_rendered_first(tiny_tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} and{% endfor %}"
-    turns = ({"role": "user", "content": "Tom felt"},)
-    chat = ContrastivePair("", " happy", " sad", turns, "f:3")
-    assert tokenize_pairs([chat], tokenizer) == tokenize_pairs(
-        [pair("Tom felt and", " happy", " sad")], tokenizer
+CHAT = "{% for m in messages %}{{ m.content }} and{% endfor %}"
+
+
+def ending(tokenizer: Any, template: str) -> Any:
+    """A copy that puts an end token behind every text, as well."""
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(tokenizer)
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        f"{start} $A {end}",
+        special_tokens=[(start, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)],
     )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize(
+    "template", [CHAT, "{{ bos_token }}" + CHAT, " {{ bos_token }}" + CHAT]
+)
+def test_chat_has_the_tokens_that_a_server_sends(
+    tiny_tokenizer: Any, template: str, appends: bool
+) -> None:
+    """Those of `apply_chat_template`: the tokenizer's own start and end are not among them."""
+    tokenizer = ending(tiny_tokenizer, template) if appends else copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    turns = ({"role": "user", "content": "Tom felt"},)
+    sent = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True)
+    sent = list(sent if isinstance(sent, list) else sent["input_ids"])
+    chat = ContrastivePair("", " happy", " sad", turns, "f:3")
+    words = [
+        tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("happy", "sad")
+    ]
+    found, plain = tokenize_pairs([chat, pair("Tom", " happy", " sad")], tokenizer)
+    assert list(found.prefix + found.positive) == sent + words[0]
+    assert list(found.prefix + found.negative) == sent + words[1]
+    assert sent.count(tokenizer.bos_token_id) == template.count("bos_token")
+    assert plain.prefix[0] == tokenizer.bos_token_id
+    assert (plain.positive[-1] == tokenizer.eos_token_id) is appends
+    ids = prompt_ids([chat, pair("Tom", " happy", " sad")], tokenizer)
+    assert ids == [sent, list(plain.prefix)]
+
+
+def test_what_the_tokenizer_appends_can_stay_out(tiny_tokenizer: Any) -> None:
+    pairs = [pair("Tom felt", " very happy", " sad")]
+    tokenizer = ending(tiny_tokenizer, CHAT)
+    assert tokenize_pairs(pairs, tokenizer, appended=False) == tokenize_pairs(
+        pairs, tiny_tokenizer
+    )
+    assert tokenize_pairs(pairs, tokenizer)[0].positive[-1] == tokenizer.eos_token_id
+    assert text_ids(["Tom felt"], tokenizer) == [tiny_tokenizer("Tom felt")["input_ids"]]
 
 
 def test_texts_are_cut_after_the_limit(tiny_tokenizer: Any) -> None:

@@ -155,6 +155,42 @@ def test_a_weak_result_is_said(
     assert words in report_markdown(values)
 
 
+UNSEEN = "no choice has seen it"
+GIVEN = {
+    "ranking_on_fit_split": False,
+    "digests": {"fit": "sha256:1", "validation": "sha256:2", "test": "sha256:3"},
+}
+
+
+@pytest.mark.parametrize(
+    ("used", "apart", "saw"),
+    [
+        ("sha256:1", False, False),
+        ("sha256:2", False, False),
+        ("sha256:3", False, True),  # the test split itself
+        ("sha256:00", False, True),  # all pairs, the test split's among them
+        ("sha256:00", True, False),  # all pairs, where the test has a file of its own
+        ("sha256:3", True, True),
+        ("sha256:ff", True, True),  # any others: they may be both
+    ],
+)
+def test_a_ranking_that_may_know_the_test_is_said(
+    adapter: SteeringAdapter, used: str, apart: bool, saw: bool
+) -> None:
+    fit = GIVEN | {"ranking_pairs": used, "ranking_on_fit_split": used == "sha256:1"}
+    values = report(adapter, fit_part() | {"fit": fit})
+    if apart:
+        values["data"]["test_pairs"] = {"path": "t.jsonl", "count": 9, "digest": "sha256:3"}
+        values["notes"] = notes(values)
+    assert any("may have seen the test" in note for note in values["notes"]) is saw
+    assert (UNSEEN in report_markdown(values)) is not saw
+
+
+def test_pairs_that_were_cut_are_said(adapter: SteeringAdapter) -> None:
+    values = report(adapter, fit_part(cut=7, pairs=20))
+    assert any("7 of 20 test pairs are longer" in note for note in values["notes"])
+
+
 def test_a_good_result_has_no_notes(adapter: SteeringAdapter) -> None:
     assert report(adapter, fit_part())["notes"] == []
 

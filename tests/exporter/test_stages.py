@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from austeer.adapters import Ranking, localize
+from austeer.adapters import FitError, PairsError, Ranking, localize
 from austeer.exporter import stages
 from austeer.exporter.cli import cli
+from austeer.exporter.stages import read_texts
 
 STOPPED = "the same command goes on with"
 
@@ -194,3 +196,40 @@ def test_torchrun(tmp_path: Path, base: Path, pairs: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("216 pairs") == 1
     assert_same(*outs)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.ndjson", "t.json", "t.JSONL"])
+def test_neutral_text_in_json_lines(tmp_path: Path, name: str) -> None:
+    """Only a line feed ends a line; a byte order mark is none of the text."""
+    path = tmp_path / name
+    rows = [{"text": "one\u2028day"}, {"text": "Tom felt", "other": 1}]
+    lines = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert read_texts(path) == ["one\u2028day", "Tom felt"]
+
+
+def test_neutral_text_in_lines(tmp_path: Path) -> None:
+    path = tmp_path / "neutral.txt"
+    path.write_bytes(b'one day\r\n\n{"text": 1}\n')
+    assert read_texts(path) == ["one day", '{"text": 1}']
+    assert read_texts(None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("t.csv", b"text\none day\n", "expected a file ending in .jsonl"),
+        ("t.jsonl", b"one day\n", "t.jsonl:1: expected a JSON object with text"),
+        ("t.ndjson", b'{"text": " "}\n', "t.ndjson:1: expected text, found ' '"),
+        ("t.txt", b"one\n\xff\n", "t.txt:2: not UTF-8"),
+        ("t.txt", b"\n \n", "has no text"),
+    ],
+)
+def test_neutral_text_that_is_none(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises((FitError, PairsError), match=re.escape(says)) as caught:
+        read_texts(path)
+    assert "\n" not in str(caught.value)

@@ -113,3 +113,20 @@ def test_digest_knows_the_whole_vocabulary(tiny_tokenizer: Any) -> None:
     other = copy.deepcopy(tiny_tokenizer)
     other.add_tokens(["<late>"])
     assert stream(other).digest() != stream(tiny_tokenizer).digest()
+
+
+def test_a_start_token_in_the_text_is_said(
+    tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model would see two; of a chat template the tokenizer adds none."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    start, tokenizer.chat_template = tokenizer.bos_token, "{{ bos_token }}Tom"
+    turns = ({"role": "user", "content": "Tom felt"},)
+    chat = ContrastivePair("", " happy", " sad", turns)
+    plain = [ContrastivePair(f"{who} felt", " happy", " sad", where=who) for who in "ab"]
+    PairStream([chat, *plain], tokenizer, 64).check_lengths()
+    assert not caplog.records
+    twice = ContrastivePair(f"{start}Tom felt", " happy", " sad", where="f:7")
+    PairStream([chat, *plain, twice], tokenizer, 64).check_lengths()
+    assert caplog.messages[0].startswith(f"f:7: the prompt begins with {start}")
+    assert "(1 of 4 pairs)" in caplog.messages[0]

@@ -97,6 +97,16 @@ def test_figures_of_the_unsteered_model_are_the_base(
     assert all(f"{name}_ci95" in figures for name in names)
 
 
+def test_pairs_that_are_cut_are_counted(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    long = ContrastivePair("Tom", " very" * 200 + " happy", " so sad", where="p:1")
+    found = Share(
+        model, tiny_tokenizer, [*PAIRS, long], seed=0, sequences=4, length=8, batch_size=4
+    ).figures(nullcontext)
+    assert found["cut"] == 1
+    assert "cut" not in share(model, tiny_tokenizer).figures(nullcontext)
+
+
 def test_figures_see_a_steered_head(tiny_model: Any, tiny_tokenizer: Any) -> None:
     """A bias on one word's logit moves margins by its count of that word: known exactly."""
     model = tiny_model("llama")

@@ -119,6 +119,11 @@ def test_show_only_checks_the_base(
     )
 
 
+def test_show_names_an_option_without_effect(calm: Path) -> None:
+    says = invoke("show", calm, "--units", 3, exit_code=2).stderr
+    assert "--units: is about the base model; name it with --base" in says
+
+
 def test_show_refuses_another_base(
     tmp_path: Path, base: Path, save: Callable[..., Path]
 ) -> None:
