@@ -140,7 +140,7 @@ def graft_job(request: GraftRequest, progress: Progress = silent) -> dict[str, A
     progress("graft", 1, 1)
     check_space(request.out, graft_size(request, base, graft.model, adapters))
     with _published(request, base, graft.model) as target:
-        files = _write(request, target, graft, adapters)
+        files = _write(request, target, graft, adapters, compared)
         progress("verify graft", 0, 1)
         proof = _prove(base, target, graft, files) if request.verify else {}
         progress("verify graft", 1, 1)
@@ -197,11 +197,16 @@ def _grafted(
 
 
 def _write(
-    request: GraftRequest, target: Path, graft: _Graft, adapters: Sequence[SteeringAdapter]
+    request: GraftRequest,
+    target: Path,
+    graft: _Graft,
+    adapters: Sequence[SteeringAdapter],
+    compared: BaseWeights,
 ) -> list[Path]:
     """Write the model and what belongs to it; the adapter files."""
     from austeer.graphs import save_model
     from austeer.graphs.adapter_file import write_adapter_file
+    from austeer.graphs.base_check import BaseWeights
 
     if request.is_file:
         save_model(graft.model, target, limit=_ONE_FILE)
@@ -224,7 +229,8 @@ def _write(
         )
     # Of several adapters none speaks for the others' figures.
     config = dataclasses.replace(adapters[0].config, fit={}) if files else adapters[0].config
-    card = model_card(config, "finetune", "onnx", usage)
+    own = compared is not BaseWeights.DIFFERENT
+    card = model_card(config, "finetune", "onnx", usage, scale=request.scale, own_base=own)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return files
 

@@ -54,16 +54,26 @@ def graft_as_file(out: Path, base: Path, model: ir.Model) -> Iterator[Path]:
         model: the grafted model.
 
     Raises:
-        OutputError: `out` is taken, or is not beside the weight files that it needs.
+        OutputError: `out` is taken, or is not beside the weight files that it needs, or
+            they are links out of their folder.
     """
     from austeer.graphs.model_io import external_tensors
 
-    beside = out.parent.resolve() == base.parent.resolve()
-    if not beside and any(True for _ in external_tensors(model)):
+    folder = base.parent.resolve()
+    locations = sorted({str(tensor.location) for tensor in external_tensors(model)})
+    if locations and out.parent.resolve() != folder:
         raise OutputError(
             f"{out}: the base keeps its weights in files of their own; write beside it, such "
             f"as {base.with_name(out.name)}, or into a new directory with --copy-data"
         )
+    for location in locations:
+        # What is a link itself is followed, as the base is; a new file would be none.
+        if not (folder / location).resolve().is_relative_to(folder):
+            raise OutputError(
+                f"{out}: {location} beside it is a link out of the folder, as in the Hub's "
+                "cache, which onnxruntime refuses to follow from a new file; write into a new "
+                "directory with --copy-data"
+            )
     with publish_file(out, replace=False) as work, _speaking_of(out, work):
         # The writer wants a name that is free; the temporary is what keeps it ours.
         fresh = work.with_name(f"{work.name}.new")

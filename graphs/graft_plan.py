@@ -15,6 +15,7 @@ from austeer.adapters.architectures import Architecture
 from austeer.adapters.sites import Site
 from austeer.adapters.steered_site import SteeredSite
 from austeer.graphs.opset import (
+    MAX_RANK,
     SCALE_INPUT,
     STEER_AU,
     STEER_AU_ADAPTIVE,
@@ -94,7 +95,11 @@ class GraftPlan:
 def plan_graft(
     adapter: SteeringAdapter, scale: float = 1.0, scale_as: ScaleAs = ScaleAs.CONSTANT
 ) -> GraftPlan:
-    """A graft that steers by one adapter, always."""
+    """A graft that steers by one adapter, always.
+
+    Raises:
+        GraphError: a predictor of a rank that the compiled kernels do not take.
+    """
     nodes = [
         SteeringNode(steered.site, op, 0, _tensors(steered, op), switchable=False)
         for steered in adapter.sites
@@ -120,7 +125,8 @@ def plan_switchable_graft(
             can be active in one run; their gains multiply where they share a unit.
 
     Raises:
-        GraphError: no adapter, or adapters for different architectures.
+        GraphError: no adapter, adapters for different architectures, or a predictor of a
+            rank that the compiled kernels do not take.
     """
     if not adapters:
         raise GraphError("graft: expected at least one adapter, got none")
@@ -175,6 +181,11 @@ def _tensors(steered: SteeredSite, op: SteerOp) -> dict[str, Array]:
     tensors: dict[str, Array] = {"idx": steered.index, "gamma": steered.gamma}
     predictor = steered.predictor
     if predictor is not None:
+        if (rank := predictor.V.shape[1]) > MAX_RANK:
+            raise GraphError(
+                f"{steered.site}: its predictor has rank {rank}, the compiled kernels take up "
+                f"to {MAX_RANK}; fit it with a --rank up to that"
+            )
         parts = {"V": predictor.V, "b": predictor.b, "U": predictor.U}
         tensors |= {k: np.ascontiguousarray(v, np.float32) for k, v in parts.items()}
     elif op is STEER_AU_ADAPTIVE:

@@ -3,7 +3,10 @@
     SteerAU(x: T[..., D], idx: int64[k], gamma: float[k], scale: float[1]) -> y: T[..., D]
     SteerAUAdaptive(x, idx, gamma, V: float[k, r], b: float[r], U: float[r, k], scale) -> y
 
-T is float, float16 or bfloat16; every input is required, and no index stands in `idx` twice.
+T is float, float16 or bfloat16; every input is required. `idx` holds numbers from 0 to D-1, in
+any order, none twice; what else is given as a run's input is undefined: function bodies count
+negative ones from the end and steer a unit that is there twice once, kernels on a CPU refuse
+both, kernels on a GPU see neither. The compiled kernels take r up to `MAX_RANK`.
 `y` is `x` with the k selected entries of its last axis multiplied by a gain, in float32,
 rounded once:
 
@@ -20,6 +23,9 @@ VERSION = 1
 
 MIN_ONNX_OPSET = 15
 """The function bodies need `CastLike`, which the default domain has since opset 15."""
+
+MAX_RANK = 64
+"""Largest r of the compiled kernels, `kMaxRank` in `csrc/steer.h`."""
 
 PREFIX = "austeer"
 """First part of every name that a graft adds to a graph."""

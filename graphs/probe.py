@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from austeer.adapters._errors import VerificationError
+from austeer.adapters._errors import RouteError, VerificationError
 from austeer.adapters.predictor import PHI_SHIFT, Predictor
 from austeer.graphs.graft_plan import Array, GraftPlan, ScaleAs
 from austeer.graphs.locating.skip_norm import is_skip_norm, split_skip_norm
@@ -30,6 +30,10 @@ _EPSILON = {np.dtype(np.float16): 2.0**-10, np.dtype(np.float32): 2.0**-22}
 _LOGITS_BOUND, _HALF_BOUND = 1e-4, 8 * 2.0**-10
 """Share of the largest logit by which two equal graphs may differ: a norm split from its sum
 rounds once more, which half precision shows."""
+
+_FLOAT_MAX = float(np.finfo(np.float32).max)
+_SQUARED = _FLOAT_MAX**0.5
+"""Norms square what they are given: a larger activation is an infinity behind the next one."""
 
 _ROWS, _TOKENS, _SEED = 2, 12, 0
 
@@ -75,6 +79,7 @@ def prove_graft(
     Raises:
         GraphError: a file does not load or run.
         VerificationError: a site differs from the formula, or steering changes nothing.
+        RouteError: steered so strongly, activations are more than their dtype holds.
     """
     original = OnnxCausalLM(base, threads=1)
     ids = _token_ids(original)
@@ -122,17 +127,22 @@ def _compare(
     names = sorted({name for pair in traces.values() for name in pair})
     found = runner.values(ids, ["logits", *names])
     scale = float(values.get(SCALE_INPUT, np.array([plan.scale]))[0])
-    worst = 0.0
+    sites: dict[str, _Site] = {}
     for node in plan.nodes:
         before, after = (found[name] for name in traces[node.name])
         tensors = {t: values.get(node.constant_name(t), node.tensors[t]) for t in node.tensors}
-        difference = _site_difference(before, after, tensors, scale)
-        if not difference <= 1.0:
-            raise VerificationError(
-                f"{what}: {node.name} differs from its formula by {difference:.3g} roundings "
-                "of its dtype; not published"
-            )
-        worst = max(worst, difference)
+        site = sites[node.name] = _compare_site(before, after, tensors, scale)
+        if not site.difference <= 1.0:
+            raise VerificationError(_differs(what, node.name, site.difference))
+    broken = [name for name, site in sites.items() if not site.complete]
+    extreme = [name for name, site in sites.items() if site.extreme]
+    if extreme and (broken or not np.isfinite(found["logits"]).all()):
+        raise RouteError(
+            f"{what}: at scale {scale:g} activations overflow their dtype, from {extreme[0]} "
+            "on; lower the scale"
+        )
+    if broken:
+        raise VerificationError(_differs(what, broken[0], np.nan))
     logits = found["logits"].astype(np.float32)
     moved = float(np.abs(logits - expected).max())
     if not moved > 2 * bound:
@@ -141,7 +151,17 @@ def _compare(
             f"expected more than {2 * bound:.3g}; not published"
         )
     return GraftProof(
-        sites=len(plan.nodes), max_site_difference=worst, steered_vs_base=moved, tokens=ids.size
+        sites=len(plan.nodes),
+        max_site_difference=max(site.difference for site in sites.values()),
+        steered_vs_base=moved,
+        tokens=ids.size,
+    )
+
+
+def _differs(what: str, node: str, difference: float) -> str:
+    return (
+        f"{what}: {node} differs from its formula by {difference:.3g} roundings of its dtype; "
+        "not published"
     )
 
 
@@ -197,24 +217,44 @@ def _bound(runner: OnnxCausalLM, logits: Array) -> float:
     return share * float(np.abs(logits).max())
 
 
-def _site_difference(
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """What one site did.
+
+    Attributes:
+        difference: largest |after − formula(before)| in units of what one rounding may be.
+        complete: every activation could be compared: none was infinite, or became so.
+        extreme: the formula makes more of one than the model can compute with.
+    """
+
+    difference: float
+    complete: bool
+    extreme: bool
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _compare_site(
     before: Array, after: Array, tensors: Mapping[str, Array], scale: float
-) -> float:
-    """Largest |after − formula(before)| in units of what one rounding may be."""
+) -> _Site:
     index = tensors["idx"]
     x, y = before.astype(np.float64), after.astype(np.float64)
-    expected = x.copy()
+    expected, gain = x.copy(), np.ones_like(x)
     selected = x[..., index]
     phi: Any = 1.0
     if "V" in tensors:
         phi = Predictor(tensors["V"], tensors["b"], tensors["U"]).phi(selected)
     strength = scale * tensors["gamma"]
-    expected[..., index] = selected * (1.0 + strength * phi)
+    gain[..., index] = 1.0 + strength * phi
+    expected *= gain
     epsilon = _EPSILON.get(before.dtype, 2.0**-7)
     allowed = np.maximum(epsilon * np.abs(expected), 2.0**-24) + 1e-5 * np.abs(x)
     if "V" in tensors:
         allowed[..., index] += np.abs(selected * strength) * _phi_error(selected, tensors)
-    return float((np.abs(y - expected) / allowed).max())
+    largest = float(np.finfo(before.dtype).max)
+    held = (np.abs(expected) <= largest) & (np.abs(gain) <= _FLOAT_MAX)
+    extreme = np.isfinite(x) & ~(held & (np.abs(expected) <= _SQUARED))
+    share = np.abs(y - expected)[held] / allowed[held]
+    return _Site(float(share.max(initial=0.0)), bool(held.all()), bool(extreme.any()))
 
 
 def _phi_error(selected: Array, tensors: Mapping[str, Array]) -> Array:

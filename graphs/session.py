@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from austeer.adapters._errors import GraphError
 from austeer.graphs.custom_op import register
-from austeer.graphs.opset import SCALE_INPUT
+from austeer.graphs.opset import PREFIX, SCALE_INPUT
 from austeer.graphs.runtime import (
     as_array,
     config_number,
@@ -83,6 +83,12 @@ class OnnxCausalLM:
         """Whether the model takes its strength from the input `steering_scale`."""
         items = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         return any(item.name == SCALE_INPUT for item in items)
+
+    @property
+    def switchable(self) -> bool:
+        """Whether the model's sites are empty until an adapter is active."""
+        items = self._session.get_overridable_initializers()
+        return any(item.name.startswith(f"{PREFIX}.") for item in items)
 
     @property
     def vocabulary(self) -> int:

@@ -17,15 +17,13 @@ def check_not_grafted(model: ir.Model) -> None:
     """Refuse a model that holds steering nodes or their constants already.
 
     Raises:
-        GraphError: it does; names one.
+        GraphError: it does; names one, and what to do.
     """
-    marks = [str(node.name) for node in steering_nodes(model)]
-    # An inlined graft has no node of ours left, but its constants.
-    marks += _own_names(model.graph)
-    if marks:
+    _check_removable(model)
+    if nodes := steering_nodes(model):
         raise GraphError(
-            f"the model is steered already, see {marks[0]}; graft onto the base model instead, "
-            "or with --replace"
+            f"the model is steered already, see {nodes[0].name}; graft onto the base model "
+            "instead, or with --replace"
         )
 
 
@@ -39,27 +37,33 @@ def remove_graft(model: ir.Model) -> int:
         GraphError: the graft was inlined, so that its nodes cannot be told from the model's,
             or lies in a branch of an If node.
     """
+    _check_removable(model)
     nodes = steering_nodes(model)
-    if not nodes and (names := _own_names(model.graph)):
-        raise GraphError(
-            f"the model holds an inlined graft, see {names[0]}, which cannot be taken out; "
-            "graft onto the base model instead"
-        )
-    for node in nodes:
-        if node.graph is not model.graph:
-            raise GraphError(
-                f"{node.name} is inside a branch of the model, where it cannot be taken out; "
-                "graft onto the base model instead"
-            )
-    constants = {value for node in nodes for value in node.inputs[1:] if value is not None}
+    constants = [value for node in nodes for value in node.inputs[1:] if value is not None]
     for node in nodes:
         _take_out(model.graph, node)
-    for value in constants:
-        _drop(model.graph, str(value.name))
+    for value in dict.fromkeys(constants):
+        _drop(model.graph, value)
     for identifier in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[identifier]
     model.opset_imports.pop(DOMAIN, None)
     return len(nodes)
+
+
+def _check_removable(model: ir.Model) -> None:
+    nodes = steering_nodes(model)
+    # Inlined, by us or by onnxruntime's optimizer, a graft has no nodes left but its constants.
+    if not nodes and (names := _own_names(model.graph)):
+        raise GraphError(
+            f"the model is steered already by an inlined graft, see {names[0]}, which cannot "
+            "be taken out; graft onto the base model instead"
+        )
+    for node in nodes:
+        if node.graph is not model.graph:
+            raise GraphError(
+                f"the model is steered already: {node.name} is inside a branch of it, where it "
+                "cannot be taken out; graft onto the base model instead"
+            )
 
 
 def _take_out(graph: ir.Graph, node: ir.Node) -> None:
@@ -82,7 +86,23 @@ def _own_names(graph: ir.Graph) -> list[str]:
     return [name for name in names if name.startswith(f"{PREFIX}.")]
 
 
-def _drop(graph: ir.Graph, name: str) -> None:
+def _drop(graph: ir.Graph, value: ir.Value) -> None:
+    name = str(value.name)
+    if value.uses() or value.is_graph_output():
+        # onnxruntime's optimizer lets equal constants be one, the model's own among them.
+        if name in _own_names(graph):
+            value.name = _free_name(graph, f"shared.{name}")
+        return
     graph.initializers.pop(name, None)
-    for value in [value for value in graph.inputs if value.name == name]:
+    if value in graph.inputs:
         graph.inputs.remove(value)
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    nodes = graph.all_nodes()
+    taken = {value.name for node in nodes for value in (*node.inputs, *node.outputs) if value}
+    taken |= {*graph.initializers}
+    number, free = 2, name
+    while free in taken:
+        number, free = number + 1, f"{name}.{number}"
+    return free

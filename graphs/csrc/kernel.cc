@@ -1,7 +1,9 @@
 #include "kernel.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <string>
+#include <vector>
 
 namespace austeer {
 namespace {
@@ -37,9 +39,33 @@ ort::Status* read_value(const ort::Api* api, const ort::Value* value, std::size_
   return nullptr;
 }
 
-ort::Status* check(const Op& op, const std::array<Input, kMostInputs>& inputs, Site& site,
+ort::Status* refuse(const Op& op, const char* name, const char* expected) {
+  return invalid(op.api, std::string("ai.austeer ") + op.name(&op) + ": " + name + ": expected " +
+                             expected);
+}
+
+bool has_dims(const Input& input, std::initializer_list<std::size_t> dims) {
+  return std::equal(dims.begin(), dims.end(), input.shape.dims.begin(),
+                    input.shape.dims.begin() + input.shape.rank,
+                    [](std::size_t a, std::int64_t b) { return a == static_cast<std::size_t>(b); });
+}
+
+constexpr const char* kOnce = "each unit once";
+
+// What the session's constants cannot change in any run is asked here, once.
+ort::Status* check_constants(const Kernel& kernel) {
+  const Input& idx = kernel.constants[1];
+  if (idx.data == nullptr) return nullptr;
+  const auto first = static_cast<const std::int64_t*>(idx.data);
+  std::vector<std::int64_t> sorted(first, first + idx.shape.size());
+  std::sort(sorted.begin(), sorted.end());
+  const bool twice = std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end();
+  return twice ? refuse(kernel.op, "idx", kOnce) : nullptr;
+}
+
+ort::Status* check(const Kernel& kernel, const std::array<Input, kMostInputs>& inputs, Site& site,
                    std::size_t width) {
-  const ort::Api* api = op.api;
+  const Op& op = kernel.op;
   const bool adaptive = op.adaptive;
   const auto number = [&](std::size_t input) {
     return static_cast<const float*>(inputs[input].data);
@@ -49,29 +75,27 @@ ort::Status* check(const Op& op, const std::array<Input, kMostInputs>& inputs, S
   site.k = inputs[1].shape.size();
   site.gamma = number(2);
   site.scale = number(adaptive ? 6 : 3);
-  const auto refuse = [&](const char* name, const char* expected) {
-    return invalid(api, std::string("ai.austeer ") + op.name(&op) + ": " + name +
-                            ": expected " + expected);
-  };
-  if (inputs[1].shape.rank != 1) return refuse("idx", "[k]");
-  if (inputs[2].shape.size() != site.k) return refuse("gamma", "one number for each index");
-  if (inputs[adaptive ? 6 : 3].shape.size() != 1) return refuse("scale", "one number");
+  if (inputs[1].shape.rank != 1) return refuse(op, "idx", "[k]");
+  if (!has_dims(inputs[2], {site.k})) return refuse(op, "gamma", "one number for each index, [k]");
+  if (!has_dims(inputs[adaptive ? 6 : 3], {1})) return refuse(op, "scale", "one number, [1]");
   if (adaptive) {
-    if (inputs[3].shape.rank != 2) return refuse("V", "[k, r]");
+    if (inputs[3].shape.rank != 2) return refuse(op, "V", "[k, r]");
     site.V = number(3);
     site.b = number(4);
     site.U = number(5);
     site.r = static_cast<std::size_t>(inputs[3].shape.dims[1]);
-    if (site.r < 1 || site.r > kMaxRank) return refuse("V", "a rank r from 1 to 64");
-    if (inputs[3].shape.size() != site.k * site.r) return refuse("V", "[k, r]");
-    if (inputs[4].shape.size() != site.r) return refuse("b", "[r]");
-    if (inputs[5].shape.size() != site.k * site.r) return refuse("U", "[r, k]");
+    if (site.r < 1 || site.r > kMaxRank) return refuse(op, "V", "a rank r from 1 to 64");
+    if (!has_dims(inputs[3], {site.k, site.r})) return refuse(op, "V", "[k, r]");
+    if (!has_dims(inputs[4], {site.r})) return refuse(op, "b", "[r]");
+    if (!has_dims(inputs[5], {site.r, site.k})) return refuse(op, "U", "[r, k]");
   }
   // On a GPU the indices cannot be read from here; the kernel leaves out those outside.
-  if (!op.cuda && !inside(site.idx, site.k, width)) {
-    return refuse("idx", "numbers from 0 to the width of x, less one");
+  if (op.cuda) return nullptr;
+  if (!inside(site.idx, site.k, width)) {
+    return refuse(op, "idx", "numbers from 0 to the width of x, less one");
   }
-  return nullptr;
+  const bool fed = kernel.constants[1].data == nullptr;
+  return fed && !distinct(site.idx, site.k, width) ? refuse(op, "idx", kOnce) : nullptr;
 }
 
 struct Work {
@@ -148,6 +172,7 @@ ort::Status* make_kernel(const Op& op, const ort::KernelInfo* info,
     if (constant == 0 || value == nullptr) continue;
     AUSTEER_TRY(read_value(op.api, value, number, made->constants[number]));
   }
+  AUSTEER_TRY(check_constants(*made));
   kernel = std::move(made);
   return nullptr;
 }
@@ -170,7 +195,7 @@ ort::Status* run(const Kernel& kernel, ort::Context* context) {
   AUSTEER_TRY(ort::tensor_data(api, output, &y));
   const auto width = static_cast<std::size_t>(shape.dims[shape.rank - 1]);
   Site site;
-  AUSTEER_TRY(check(op, inputs, site, width));
+  AUSTEER_TRY(check(kernel, inputs, site, width));
   const std::size_t size = shape.size();
   if (size == 0) return nullptr;
   const auto step = static_cast<std::ptrdiff_t>(width);

@@ -48,6 +48,9 @@ void steer_cpu(Type type, const Site& site, const Rows& rows);
 // Whether every index is inside the width.
 bool inside(const std::int64_t* idx, std::size_t k, std::size_t width);
 
+// Whether no index is there twice; all are inside the width.
+bool distinct(const std::int64_t* idx, std::size_t k, std::size_t width);
+
 // Whether the library holds CUDA kernels.
 bool has_cuda();
 

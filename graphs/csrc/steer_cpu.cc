@@ -1,4 +1,5 @@
 #include <cstring>
+#include <vector>
 
 #include "steer.h"
 
@@ -229,6 +230,18 @@ bool inside(const std::int64_t* idx, std::size_t k, std::size_t width) {
     outside |= static_cast<std::uint64_t>(idx[i]) >= width;
   }
   return !outside;
+}
+
+bool distinct(const std::int64_t* idx, std::size_t k, std::size_t width) {
+  bool ascending = true;
+  for (std::size_t i = 1; i < k; ++i) ascending &= idx[i - 1] < idx[i];
+  if (ascending) return true;
+  std::vector<bool> seen(width);
+  for (std::size_t i = 0; i < k; ++i) {
+    if (seen[static_cast<std::size_t>(idx[i])]) return false;
+    seen[static_cast<std::size_t>(idx[i])] = true;
+  }
+  return true;
 }
 
 }  // namespace austeer

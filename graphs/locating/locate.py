@@ -174,6 +174,10 @@ class SiteLocator:
             for name in self._members
             if any(name == path or name.endswith(f".{path}") for path in paths)
         ]
+        if not found:
+            # optimum exports the inner model of OPT alone, whose paths lack the outer's name.
+            inner = {path.partition(".")[2] for path in paths if "." in path}
+            found = [name for name in self._members if name in inner]
         if len(found) == 1:
             return found[0]
         if found:

@@ -32,6 +32,9 @@ _SAME_TYPE = {
 }
 """Positions of the inputs that have the element type of an operator's result."""
 
+_QUANTIZED = ("quant", "qlinear", "integer", "nbits", "bnb4", "qmoe", "qattention")
+"""Parts of the names of the operators that read quantized weights."""
+
 _SAME_VALUES = ("Cast", "Identity", "Transpose")
 _SAME_SHAPE = (*_SAME_VALUES, "DequantizeLinear")
 
@@ -78,6 +81,12 @@ def stored_weight(node: ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
     transposed ^= node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     weight = tensor_values(tensor)
     return weight.T if transposed else weight
+
+
+def is_quantized(model: ir.Model) -> bool:
+    """Whether a part of the model computes with quantized weights."""
+    kinds = {node.op_type.lower() for node in model.graph.all_nodes()}
+    return any(part in kind for part in _QUANTIZED for kind in kinds)
 
 
 def element_type(

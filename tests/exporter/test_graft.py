@@ -361,6 +361,8 @@ def test_strength_as_an_input(
     base, adapter = own_base(), adapter_folder("llama", "ffn", 1)
     default = 0.5 if scale_as == "optional" else 1.0
     job(base, adapter, tmp_path / "out", scale=default, scale_as=scale_as)
+    steered = OnnxCausalLM(tmp_path / "out", threads=1)
+    assert steered.adjustable and not steered.switchable
     plain = logits(base)
     assert np.array_equal(logits(tmp_path / "out", scale=0.0), plain)
     for scale in (0.5, -1.0):
@@ -417,6 +419,7 @@ def test_adapters_switch_on_one_session(
     bound = 0.0 if exact else 1e-5 * np.abs(expected).max()
 
     model = OnnxCausalLM(tmp_path / "out", threads=1, kernels=kernels)
+    assert model.switchable
     for active, wanted in (
         ([], plain),
         ([files[0]], expected[0]),
@@ -667,7 +670,22 @@ def test_a_base_with_other_weights_by_force(
         job(base, adapter, tmp_path / "no")
     row = job(base, adapter, tmp_path / "out", force=True)
     assert row["verified"] and row["base_weights"] == "different"
+    assert "another model than" in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / "no").exists()
+
+
+def test_the_card_states_figures_of_the_fitted_strength(
+    own_base: Any, adapter_folder: Adapters, tmp_path: Path
+) -> None:
+    base, adapter = own_base(), tmp_path / "adapter"
+    shutil.copytree(adapter_folder(), adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["fit"] = {"test": {"margin": 4.0756}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    for scale, told in ((1.0, True), (0.5, False)):
+        job(base, adapter, tmp_path / str(scale), scale=scale)
+        card = (tmp_path / str(scale) / "README.md").read_text()
+        assert ("| margin | 4.076 |" in card) is told
 
 
 # Proof

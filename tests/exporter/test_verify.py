@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 import austeer.graphs
-from austeer.adapters import AdapterError, SteeringAdapter, VerificationError
+from austeer.adapters import (
+    AdapterError,
+    GraphError,
+    ModelError,
+    RouteError,
+    SteeringAdapter,
+    VerificationError,
+)
 from austeer.adapters.weights import Checkpoint
+from austeer.exporter.graft import GraftRequest, graft_job
 from austeer.exporter.merge import merge_checkpoint
 from austeer.exporter.proofs.allowance import fold_rounding, rounding_allowance
 from austeer.exporter.proofs.reference import encode_prompts, greedy_agreement
@@ -200,6 +209,7 @@ class FakeRunner:
     spoilt_token: int | None = None
     half = False
     adjustable = False
+    switchable = False
 
     def __init__(self, path: Path) -> None:
         assert path.name == "model.onnx"
@@ -217,7 +227,14 @@ class FakeRunner:
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any]) -> type[FakeRunner]:
+def runner(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any], tmp_path: Path
+) -> type[FakeRunner]:
+    x, y = ir.val("x", ir.DataType.FLOAT, [1]), ir.val("y", ir.DataType.FLOAT, [1])
+    nodes = [ir.node("Neg", [x], outputs=[y])]
+    graph = ir.Graph([x], [y], nodes=nodes, opset_imports={"": 20}, name="stand_in")
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+
     class Runner(FakeRunner):
         model = tiny_model("llama")
 
@@ -242,6 +259,40 @@ def test_graph_with_wrong_logits(runner: Any, tiny_tokenizer: Any, tmp_path: Pat
     report = onnx_report(runner, tiny_tokenizer, tmp_path)
     assert report.max_logit_difference == pytest.approx(0.01, rel=0.01)
     assert not report.passed
+
+
+class Foreign:
+    """A tokenizer with an id beyond the tiny models' embeddings."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1, 4000]}
+
+
+def test_a_tokenizer_of_another_model(product: Any, runner: Any, tmp_path: Path) -> None:
+    _, out, model, adapter = product()
+    with pytest.raises(ModelError, match="the tokenizer gives id 4000, the model has"):
+        verify_checkpoint(out, model, Foreign(), adapter, PROMPTS)
+    with pytest.raises(ModelError, match="the tokenizer gives id 4000, the model has"):
+        onnx_report(runner, Foreign(), tmp_path)
+
+
+def test_a_scale_at_which_the_model_itself_overflows(
+    runner: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    arguments = (tmp_path, runner.model, tiny_tokenizer, runner.adapter, PROMPTS)
+    with pytest.raises(RouteError, match=r"scale 3e\+38: .* overflow; lower the scale"):
+        verify_onnx(*arguments, scale=3e38)
+
+
+@pytest.mark.parametrize("kind", ["MatMulNBits", "DynamicQuantizeLinear", "MatMulInteger"])
+def test_a_quantized_graph_is_not_compared(
+    kind: str, runner: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = ir.load(tmp_path / "model.onnx")
+    model.graph.node(0).op_type = kind
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(RouteError, match="quantized, so its logits are not"):
+        onnx_report(runner, tiny_tokenizer, tmp_path)
 
 
 def test_graph_that_decodes_otherwise(runner: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -314,3 +365,62 @@ def test_decoding_must_continue_the_prompt(
 ) -> None:
     model, ids = tiny_model("llama"), np.array([[1, 5, 9]])
     assert greedy_agreement(model, ids, np.array(decoded), near_tie=9.0) == 0.0
+
+
+@pytest.fixture
+def switchable(
+    base_folder: Callable[..., tuple[Any, Path]],
+    adapter_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> Callable[..., tuple[Path, Any, list[SteeringAdapter]]]:
+    """A graft of two adapters, its live base, and the two with one that is not in it."""
+
+    def make(**options: Any) -> tuple[Path, Any, list[SteeringAdapter]]:
+        model, base = base_folder()
+        folders = [adapter_folder(component="layer", rank=1), adapter_folder(seed=1)]
+        names = tuple(str(folder) for folder in folders)
+        request = GraftRequest(
+            base=base, adapters=names, out=tmp_path / "out", as_adapter=True, verify=False,
+            **options,
+        )  # fmt: skip
+        graft_job(request)
+        folders.append(adapter_folder(seed=2))
+        return request.out, model, [SteeringAdapter.from_pretrained(f) for f in folders]
+
+    return make
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("scale_as", ["constant", "required", "optional"])
+def test_the_adapter_of_a_switchable_graft_is_made_active(
+    scale_as: str, together: bool, switchable: Any, tiny_tokenizer: Any
+) -> None:
+    scale = 1.0 if scale_as == "required" else 0.5
+    out, model, adapters = switchable(together=together, scale=scale, scale_as=scale_as)
+    for adapter in adapters[:2]:
+        report = verify_onnx(out, model, tiny_tokenizer, adapter, PROMPTS, scale=scale)
+        report.require()
+        assert report.steered_vs_base > 0.01
+    # Where a run sets the strength it is any, else the one that the file holds.
+    fixed = scale_as == "constant" and not together
+    report = verify_onnx(out, model, tiny_tokenizer, adapters[1], PROMPTS, scale=0.8)
+    assert report.passed is not fixed
+    with pytest.raises(GraphError, match=r"in none \(attention-0-1\.onnx_adapter, layer-1-0"):
+        verify_onnx(out, model, tiny_tokenizer, adapters[2], PROMPTS, scale=scale)
+
+
+def test_a_switchable_graft_whose_files_are_not_what_they_were(
+    switchable: Any, tiny_tokenizer: Any
+) -> None:
+    out, model, (first, second, _) = switchable()
+    files = sorted(out.glob("*.onnx_adapter"))
+    (moved, kept) = files
+    moved.write_bytes(kept.read_bytes())
+    verify_onnx(out, model, tiny_tokenizer, first, PROMPTS).require()
+    with pytest.raises(VerificationError, match="does not hold any more"):
+        verify_onnx(out, model, tiny_tokenizer, second, PROMPTS)
+    for file in files:
+        file.unlink()
+    (out / "austeer.json").write_text("[]")
+    with pytest.raises(GraphError, match=r"in none \(no \.onnx_adapter file\)"):
+        verify_onnx(out, model, tiny_tokenizer, second, PROMPTS)

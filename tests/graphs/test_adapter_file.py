@@ -9,9 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx_sessions import open_session, run_session
+from steering_formula import UNITS
 
 from austeer.adapters import GraphError
-from austeer.graphs.adapter_file import write_adapter_file
+from austeer.graphs import plan_switchable_graft
+from austeer.graphs.adapter_file import holds_adapter, read_adapter_file, write_adapter_file
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -79,4 +81,46 @@ def test_an_older_onnxruntime_is_refused(
     monkeypatch.setattr("austeer.graphs.adapter_file.onnxruntime_module", lambda: old)
     with pytest.raises(GraphError, match=r"1\.19\.2 has no adapter files; 1\.20"):
         write_adapter_file(tmp_path / "a.onnx_adapter", TENSORS)
+    with pytest.raises(GraphError, match=r"1\.19\.2 has no adapter files; 1\.20"):
+        read_adapter_file(tmp_path / "a.onnx_adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    write_adapter_file(tmp_path / "a.onnx_adapter", TENSORS)
+    found = read_adapter_file(tmp_path / "a.onnx_adapter")
+    assert found.keys() == TENSORS.keys()
+    for name, array in TENSORS.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an adapter" * 9])
+def test_files_that_are_no_adapters(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx_adapter"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(GraphError, match=r"a\.onnx_adapter: cannot read") as error:
+        read_adapter_file(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_each_adapter_is_recognized_and_no_other(
+    rank: int, together: bool, make_adapter: Any
+) -> None:
+    units = {f"layers.{i}.{c}": u for i in (0, 1) for c, u in UNITS.items()}
+    ffn = {"layers.0.ffn": UNITS["ffn"]}
+    index, gamma = UNITS["ffn"]
+    adapters = [
+        make_adapter(units, rank),
+        make_adapter(ffn, rank),
+        make_adapter({"layers.0.ffn": (index, [2 * g for g in gamma])}, rank),
+        make_adapter({"layers.1.ffn": UNITS["ffn"]}, rank),
+        make_adapter(ffn, 2 - rank),
+    ]
+    plan = plan_switchable_graft(adapters, together=together)
+    found = [[holds_adapter(values, a) for a in adapters] for values in plan.switched]
+    assert np.array_equal(found, np.eye(len(adapters), dtype=bool))
+    assert not holds_adapter({}, adapters[0])

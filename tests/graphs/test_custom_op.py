@@ -266,11 +266,19 @@ def test_a_value_that_others_read_is_not_overwritten() -> None:
     [
         ({"idx": np.array([0, 7, 8, 21, D])}, "idx: expected numbers from 0"),
         ({"idx": np.array([0, 7, 8, 21, -1])}, "idx: expected numbers from 0"),
+        ({"idx": np.array([0, 7, 8, 21, 7])}, "idx: expected each unit once"),
+        ({"idx": np.array([0, 7, 7, 8, 21])}, "idx: expected each unit once"),
+        ({"idx": np.arange(5)[None]}, r"idx: expected \[k\]"),
         ({"gamma": np.ones(4, np.float32)}, "gamma: expected one number for each index"),
+        ({"gamma": np.ones((5, 1), np.float32)}, "gamma: expected one number for each index"),
+        ({"scale": np.ones(2, np.float32)}, r"scale: expected one number, \[1\]"),
+        ({"scale": np.ones((1, 1), np.float32)}, r"scale: expected one number, \[1\]"),
         ({"V": np.ones((4, 1), np.float32)}, r"V: expected \[k, r\]"),
         ({"V": np.ones((5, 65), np.float32)}, "a rank r from 1 to 64"),
         ({"b": np.ones(2, np.float32)}, r"b: expected \[r\]"),
+        ({"b": np.ones((1, 1), np.float32)}, r"b: expected \[r\]"),
         ({"U": np.ones((2, 5), np.float32)}, r"U: expected \[r, k\]"),
+        ({"U": np.ones((5, 1), np.float32)}, r"U: expected \[r, k\]"),
     ],
 )
 def test_constants_that_do_not_fit_are_refused(
@@ -286,6 +294,26 @@ def test_constants_that_do_not_fit_are_refused(
     constants = {name: feeds.pop(name) for name in list(feeds) if name != "x"}
     with pytest.raises(Exception, match=says):
         run(hold_constants(model, constants), feeds)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["V", "U"])
+def test_a_transposed_matrix_is_refused_in_every_run(name: str) -> None:
+    """As many numbers, and none where it belongs; the function body refuses it as well."""
+    model = one_node_model(STEER_AU_ADAPTIVE, "float", rank=3)
+    for value in model.graph.inputs:
+        value.shape = None if value.name == name else value.shape
+    x, one, body = activations((1, 2), "float"), session(model), session(model, kernels=False)
+    right = feeds_for(x, 2)
+    wrong = right | {name: np.ascontiguousarray(right[name].T)}
+    for _ in range(2):
+        np.testing.assert_allclose(
+            one.run(None, right)[0], reference(x, right, right["scale"]), rtol=1e-5, atol=1e-6
+        )
+        with pytest.raises(Exception, match=f"{name}: expected"):
+            one.run(None, wrong)
+        with pytest.raises(Exception, match="MatMul"):
+            body.run(None, wrong)
 
 
 @needs_library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from austeer.graphs import (
     plan_switchable_graft,
 )
 from austeer.graphs.adapter_file import write_adapter_file
+from austeer.graphs.opset import MAX_RANK
 
 X = np.random.default_rng(7).normal(size=(2, 5, 4)).astype(np.float32)
 FEEDS = {"x": X}
@@ -93,6 +95,24 @@ def switchable(
         return model, plan, files
 
     return build
+
+
+@pytest.mark.parametrize("switchable", [False, True])
+def test_a_rank_that_the_kernels_do_not_take(switchable: bool, make_adapter: Any) -> None:
+    def plan(rank: int) -> GraftPlan:
+        adapter = make_adapter({"layers.0.ffn": UNITS["ffn"]}, rank)
+        return plan_switchable_graft([adapter]) if switchable else plan_graft(adapter)
+
+    assert plan(MAX_RANK).nodes
+    with pytest.raises(GraphError, match=r"layers\.0\.ffn: .* rank 65, .* kernels .* 64"):
+        plan(MAX_RANK + 1)
+
+
+def test_the_largest_rank_is_that_of_the_kernels() -> None:
+    sources = Path(__file__).resolve().parents[2] / "graphs" / "csrc"
+    (named,) = re.findall(r"kMaxRank = (\d+);", (sources / "steer.h").read_text())
+    assert int(named) == MAX_RANK
+    assert f"a rank r from 1 to {MAX_RANK}" in (sources / "kernel.cc").read_text()
 
 
 # Strength as an input

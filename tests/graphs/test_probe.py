@@ -13,7 +13,7 @@ import pytest
 from onnx_sessions import FUNCTIONS_AND_KERNELS, open_session, run_session
 from steering_formula import UNITS, steering
 
-from austeer.adapters import GraphError, VerificationError
+from austeer.adapters import GraphError, RouteError, VerificationError
 from austeer.graphs import (
     GraftPlan,
     OnnxCausalLM,
@@ -262,6 +262,31 @@ def test_activations_that_are_no_numbers(case: Any, make_adapter: Any) -> None:
     made = case(plan_graft(make_adapter(ONE)))
     made.tamper(set_constant("0.w", np.full(4, np.nan, np.float32)))
     made.refused("differs from its formula by nan|no effect")
+
+
+@pytest.mark.parametrize("switchable", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_activations_that_overflow_are_bad_input(
+    rank: int, half: bool, switchable: bool, case: Any, make_adapter: Any
+) -> None:
+    """By the formula itself, and so not by a fault of the graph."""
+    adapter, scale = make_adapter(everywhere(UNITS), rank), 1e6 if half else 1e38
+    plan = plan_switchable_graft([adapter], scale) if switchable else plan_graft(adapter, scale)
+    made = case(plan, half=half)
+    with pytest.raises(RouteError, match=r"at scale .* overflow .* lower the scale") as error:
+        made.prove()
+    assert "\n" not in str(error.value)
+
+
+def test_no_overflow_hides_a_wrong_site(case: Any, make_adapter: Any) -> None:
+    made = case(plan_graft(make_adapter({"layers.0.attention": UNITS["attention"]}), 1e38))
+    name = "austeer.layers.0.attention.index"
+    index = made.plan.nodes[0].tensors["idx"]
+    made.tamper(set_constant(name, np.array([i for i in range(4) if i not in index][:1])))
+    gamma = "austeer.layers.0.attention.gamma"
+    made.tamper(set_constant(gamma, np.ones(1, np.float32)))
+    made.refused("differs from its formula")
 
 
 def test_an_adapter_file_of_other_values(case: Any, make_adapter: Any) -> None:

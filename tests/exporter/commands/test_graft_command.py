@@ -450,11 +450,42 @@ def test_grafting_twice(
     tmp_path: Path, base: Path, adapter: Path, inline: tuple[str, ...]
 ) -> None:
     invoke(base, adapter, "-o", tmp_path / "once", *inline)
-    says = ("steered already, see austeer.",)
-    refused(tmp_path, tmp_path / "once", adapter, "-o", tmp_path / "twice", says=says)
+    arguments = (tmp_path / "once", adapter, "-o", tmp_path / "twice")
     if inline:
-        arguments = (tmp_path / "once", adapter, "-o", tmp_path / "twice", "--replace")
-        refused(tmp_path, *arguments, says=("inlined graft", "cannot be taken out"))
+        for more in ((), ("--replace",)):
+            says = ("steered already by an inlined graft, see austeer.", "cannot be taken out")
+            result = refused(tmp_path, *arguments, *more, says=says)
+            assert "--replace" not in result.stderr
+    else:
+        refused(tmp_path, *arguments, says=("steered already, see austeer.", "--replace"))
+
+
+@pytest.mark.parametrize("scale", ["1e30", "-1e38"])
+def test_a_scale_at_which_activations_overflow(
+    tmp_path: Path, base: Path, adapter_folder: Callable[..., Path], scale: str
+) -> None:
+    """No gain does, so that it comes out when the graph runs: bad input all the same."""
+    adapter = adapter_folder("llama", "layer")
+    arguments = (base, adapter, "-o", tmp_path / "out", f"--scale={scale}")
+    says = ("activations overflow their dtype, from austeer.layers.0.", "lower the scale")
+    result = refused(tmp_path, *arguments, says=says)
+    assert "--no-verify" not in result.stderr
+    invoke(base, adapter, "-o", tmp_path / "out", "--scale=1e3")
+
+
+def test_beside_a_base_of_links(tmp_path: Path, with_data: Path, adapter: Path) -> None:
+    """As in the Hub's cache: what is a link is followed, what lies beside it is not."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for path in sorted(with_data.iterdir()):
+        (snapshot / path.name).symlink_to(path.rename(blobs / f"sha-{path.name}"))
+    says = ("model.onnx.data", "is a link", "--copy-data")
+    for more in ((), ("--no-verify",)):
+        arguments = (snapshot, adapter, "-o", snapshot / "steered.onnx", *more)
+        refused(tmp_path, *arguments, says=says)
+    invoke(snapshot, adapter, "-o", tmp_path / "out", "--copy-data")
+    assert np.abs(logits(tmp_path / "out") - logits(snapshot)).max() > 0.01
 
 
 def test_together_without_adapters_to_switch(tmp_path: Path, base: Path, adapter: Path) -> None:

@@ -50,6 +50,45 @@ def test_every_component_under_any_wrapper(
     assert place.site == Site.parse(key)
 
 
+def without_model(graph: Any) -> Any:
+    """As optimum exports OPT: the inner model alone, without the outer one's name."""
+    for node in graph.graph:
+        key = "pkg.torch.onnx.name_scopes"
+        node.metadata_props[key] = node.metadata_props[key].replace("model.layers", "layers")
+    return graph
+
+
+@pytest.mark.parametrize("key", SITES)
+def test_every_component_without_the_first_name(key: str, toy: Callable[..., Any]) -> None:
+    graph = without_model(toy(layers=12))
+    place = find(graph, key)
+    name, width = SITES[key]
+    assert isinstance(place, Place)
+    assert place.value is graph.values[name]
+    assert (place.width, place.module.split(".")[:2]) == (width, ["layers", key.split(".")[1]])
+
+
+def test_a_path_without_its_first_name_is_whole_or_none(toy: Callable[..., Any]) -> None:
+    """Not behind a wrapper, where it may be another model; the whole path comes first."""
+    graph = without_model(toy(layers=2))
+    assert "nearest: layers." in refusal(graph, "layers.7.ffn")
+    text = refusal(without_model(toy(layers=2, wrapper="vision")), "layers.0.ffn")
+    assert "nearest: vision.layers." in text
+    both = toy(layers=2)
+    both.add("Neg", [both.values["1.out"]], "twin", "layers.0.mlp.down_proj")
+    place = find(both, "layers.0.ffn")
+    assert isinstance(place, Place)
+    assert place.value is both.values["0.down_out"]
+
+
+def test_two_projections_without_the_first_name(toy: Callable[..., Any]) -> None:
+    graph = without_model(toy(layers=2))
+    graph.add("Neg", [graph.values["1.out"]], "twin", "layers.0.attn.o_proj")
+    text = refusal(graph, "layers.0.attention")
+    assert "ambiguous" in text
+    assert "layers.0.attn.o_proj, layers.0.self_attn.o_proj" in text
+
+
 def test_input_sites_redirect_the_projection_only(toy: Callable[..., Any]) -> None:
     graph = toy()
     graph.add("Neg", [graph.values["0.act"]], "probe", "model.probe", 24)
