@@ -105,7 +105,10 @@ def _library_rows(library: dict[str, Any] | None) -> list[tuple[str, str]]:
         cuda = f"CUDA for {library['cuda']}" if library["cuda"] else "no CUDA kernels"
         rows.append(("op library built by", f"{library['compiler']}; {cuda}"))
     for provider, difference in (library["self_test"] or {}).items():
-        rows.append(("op library self-test", f"{provider}: within {difference:.1g}"))
+        went = "not run, it does not start here or has no kernels"
+        if difference is not None:
+            went = f"within {difference:.1g}"
+        rows.append(("op library self-test", f"{provider}: {went}"))
     return rows
 
 

@@ -3,7 +3,8 @@
 Without a C++ compiler the package installs all the same: steered graphs then run by their
 function bodies. With `AUSTEER_OPS=require` a missing or failing build is an error, with
 `AUSTEER_OPS=skip` the library is left out, with `AUSTEER_CUDA=0` its CUDA kernels. Where those
-cannot be built, as by an nvcc too old for a listed architecture, the library does without them.
+cannot be built, as by an nvcc too old for a listed architecture, the library does without them,
+unless `AUSTEER_CUDA=require`. `AUSTEER_CUDA_ARCHITECTURES`, such as `70-real;90`, names others.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Let CMake build the one extension there is, without CUDA where it fails with it."""
         target = Path(self.get_ext_fullpath(ext.name))
-        tries = ("OFF",) if os.environ.get("AUSTEER_CUDA") == "0" else ("ON", "OFF")
+        wish = os.environ.get("AUSTEER_CUDA", "")
+        tries = {"0": ("OFF",), "require": ("REQUIRE",)}.get(wish, ("ON", "OFF"))
         failures: list[str] = []
         for cuda in tries:
             try:
@@ -62,6 +64,8 @@ class BuildLibrary(build_ext):
         work = Path(self.build_temp).resolve() / "austeer_ops"
         work.mkdir(parents=True, exist_ok=True)
         options = [f"-DCMAKE_CXX_COMPILER={self._compiler}", f"-DAUSTEER_CUDA={cuda}"]
+        if architectures := os.environ.get("AUSTEER_CUDA_ARCHITECTURES"):
+            options.append(f"-DAUSTEER_CUDA_ARCHITECTURES={architectures}")
         subprocess.run([self._cmake, "-S", HERE, "-B", work, *options], check=True)
         subprocess.run([self._cmake, "--build", work, "--config", "Release"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +75,8 @@ class BuildLibrary(build_ext):
     def _skip(self, reason: str) -> None:
         # Not an extension of this build any more: what is listed must exist.
         self.extensions = []
-        if os.environ.get("AUSTEER_OPS") == "require":
+        wishes = os.environ.get("AUSTEER_OPS"), os.environ.get("AUSTEER_CUDA")
+        if "require" in wishes:
             raise SystemExit(f"austeer: operator library not built: {reason}")
         _say(
             f"operator library not built: {reason}; steered graphs run by their function bodies"

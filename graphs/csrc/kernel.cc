@@ -50,6 +50,9 @@ bool has_dims(const Input& input, std::initializer_list<std::size_t> dims) {
                     [](std::size_t a, std::int64_t b) { return a == static_cast<std::size_t>(b); });
 }
 
+// The CPU kernels keep places as 32-bit numbers.
+constexpr std::size_t kMostWidth = 0x7fffffff;
+
 constexpr const char* kOnce = "each unit once";
 
 // What the session's constants cannot change in any run is asked here, once.
@@ -75,6 +78,7 @@ ort::Status* check(const Kernel& kernel, const std::array<Input, kMostInputs>& i
   site.k = inputs[1].shape.size();
   site.gamma = number(2);
   site.scale = number(adaptive ? 6 : 3);
+  if (width > kMostWidth) return refuse(op, "x", "a last axis of at most 2147483647");
   if (inputs[1].shape.rank != 1) return refuse(op, "idx", "[k]");
   if (!has_dims(inputs[2], {site.k})) return refuse(op, "gamma", "one number for each index, [k]");
   if (!has_dims(inputs[adaptive ? 6 : 3], {1})) return refuse(op, "scale", "one number, [1]");

@@ -61,8 +61,11 @@ struct Float16 {
   static AUSTEER_INLINE float widen(Half value) {
     const std::uint32_t sign = (value & 0x8000u) << 16;
     const std::uint32_t magnitude = value & 0x7fffu;
-    // 2^112 moves the exponent's bias from 15 to 127, subnormal numbers included.
-    float wide = bits<float>(magnitude << 13) * 0x1p112f;
+    // The exponent's bias moves from 15 to 127. Subnormal numbers come as the difference of two
+    // normal ones: a session may have the float unit take subnormal ones for zero.
+    float wide = magnitude < 0x400u
+                     ? bits<float>((magnitude << 13) | 0x38800000u) - bits<float>(0x38800000u)
+                     : bits<float>((magnitude << 13) + 0x38000000u);
     wide = magnitude >= 0x7c00u ? bits<float>((magnitude << 13) | 0x7f800000u) : wide;
     return bits<float>(bits<std::uint32_t>(wide) | sign);
   }
@@ -87,8 +90,9 @@ struct Float16 {
 // a polynomial for 2^f; beyond, the sigmoid is 0 or 1 in float32 all the same.
 AUSTEER_INLINE float phi(float t) {
   const float z = kPhiShift - t;
-  float w = z < -87.0f ? -87.0f : z;
-  w = w > 87.0f ? 87.0f : w;
+  // NaN becomes a bound, as it has no integer.
+  float w = z > -87.0f ? z : -87.0f;
+  w = w < 87.0f ? w : 87.0f;
   const float n = (w * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
   const float f = (w - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;

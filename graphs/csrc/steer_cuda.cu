@@ -98,7 +98,11 @@ cudaError_t launch(const Site& site, const Rows& rows, cudaStream_t stream) {
   if (x != y) {
     const cudaError_t copied = cudaMemcpyAsync(y, x, rows.tokens * rows.width * sizeof(T),
                                                cudaMemcpyDeviceToDevice, stream);
-    if (copied != cudaSuccess) return copied;
+    if (copied != cudaSuccess) {
+      // Else the next launch that succeeds would report it.
+      cudaGetLastError();
+      return copied;
+    }
   }
   if (site.k == 0) return cudaSuccess;
   const auto blocks =

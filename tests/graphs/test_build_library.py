@@ -17,7 +17,7 @@ CMAKE = """\
 #!/bin/sh
 echo "$@" >> {log}
 case "$1" in
-  -S) case "$*" in *AUSTEER_CUDA=ON*) touch {work}/cuda ;; *) rm -f {work}/cuda ;; esac ;;
+  -S) case "$*" in *AUSTEER_CUDA=[OR][NE]*) touch {work}/cuda ;; *) rm -f {work}/cuda ;; esac ;;
   --build) [ {fails} ] && exit 1; touch "$2/{name}" ;;
 esac
 exit 0
@@ -32,7 +32,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     name = module.FILE_NAMES.get(sys.platform, "libausteer_ops.so")
-    for variable in ("AUSTEER_OPS", "AUSTEER_CUDA"):
+    for variable in ("AUSTEER_OPS", "AUSTEER_CUDA", "AUSTEER_CUDA_ARCHITECTURES"):
         monkeypatch.delenv(variable, raising=False)
 
     def run(fails: str) -> tuple[list[str], Path]:
@@ -80,3 +80,22 @@ def test_a_compiler_that_fails_is_said(
     monkeypatch.setenv("AUSTEER_OPS", "require")
     with pytest.raises(SystemExit, match="not built"):
         build("1")
+
+
+def test_cuda_kernels_that_are_required_must_build(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUSTEER_CUDA", "require")
+    log, library = build("")
+    assert library.is_file() and "-DAUSTEER_CUDA=REQUIRE" in log[0]
+    library.unlink()
+    with pytest.raises(SystemExit, match="not built"):
+        build("-e {work}/cuda")
+    assert not library.exists()
+
+
+def test_architectures_are_passed_on(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ARCHITECTURES" not in build("")[0][0]
+    monkeypatch.setenv("AUSTEER_CUDA_ARCHITECTURES", "70-real;90")
+    log, _ = build("")
+    assert "-DAUSTEER_CUDA_ARCHITECTURES=70-real;90" in log[-2]

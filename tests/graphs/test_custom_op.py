@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +248,53 @@ def test_every_float16_survives() -> None:
         tensors = {"idx": np.arange(k), "gamma": np.zeros(k, np.float32)}
         feeds = {"x": x, "scale": np.ones(1, np.float32), **tensors}
         np.testing.assert_array_equal(run(one_node_model(STEER_AU, dtype, rank=3), feeds), x)
+
+
+@needs_library
+def test_subnormal_float16_where_the_float_unit_has_none() -> None:
+    """With `set_denormal_as_zero` float32 loses its subnormal numbers, float16 does not."""
+    x = np.arange(1, D + 1, dtype=np.uint16).view(np.float16)[None, None].astype(np.float32)
+    feeds = {"x": x, "scale": np.ones(1, np.float32), **site_tensors(0)}
+    model = ir.to_proto(one_node_model(STEER_AU, "float16", rank=3)).SerializeToString()
+    found: list[Any] = []
+
+    def work() -> None:
+        for kernels in (False, True):
+            options = onnxruntime.SessionOptions()
+            options.add_session_config_entry("session.set_denormal_as_zero", "1")
+            if kernels:
+                register(options)
+            found.append(onnxruntime.InferenceSession(model, options).run(None, feeds)[0])
+
+    # The setting is the thread's, and must not outlive the test.
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(*found)
+    assert (found[1][..., INDEX] != 0).all() and (found[1] != x)[..., INDEX].any()
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_the_library_stays_when_its_last_session_ends() -> None:
+    """Loaded anew each time, it would cost memory with each session."""
+    code = (
+        "import onnxruntime; from pathlib import Path; from austeer.graphs import *\n"
+        "options = onnxruntime.SessionOptions(); register(options); del options\n"
+        "import gc; gc.collect()\n"
+        "assert custom_op_library().name in Path('/proc/self/maps').read_text()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_the_library_shows_its_entry_points_alone() -> None:
+    """All else could be taken for functions of a host with a C++ library of its own."""
+    command = ["nm", "-D", "--defined-only", custom_op_library()]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    names = [line.split()[-1] for line in shown.splitlines()]
+    assert "RegisterCustomOps" in names and len(names) < 10, names
 
 
 @needs_library

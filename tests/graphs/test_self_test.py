@@ -15,8 +15,26 @@ pytestmark = pytest.mark.skipif(library_file() is None, reason="no operator libr
 
 
 def test_kernels_agree_with_their_bodies() -> None:
+    found = module.self_test()["CPUExecutionProvider"]
+    assert found is not None and 0.0 <= found < 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("cuda", ["", "90"])
+def test_a_provider_that_does_not_start_was_not_tested(
+    cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime takes the CPU instead, with no more than a warning."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("here it may start")
+    offered = [*onnxruntime.get_available_providers(), "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    monkeypatch.setattr(module, "library_facts", lambda: {"cuda": cuda})
     found = module.self_test()
-    assert 0.0 <= found["CPUExecutionProvider"] < 1e-2
+    assert found["CUDAExecutionProvider"] is None
+    assert found["CPUExecutionProvider"] is not None
 
 
 def test_a_kernel_that_does_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
