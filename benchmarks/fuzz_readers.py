@@ -224,7 +224,7 @@ def csv_of(rows: Any) -> bytes:
 
 
 def use_pairs(raw: bytes, folder: Path) -> None:
-    from austeer.adapters import pairs
+    from austeer.adapters import pairs, split_pairs
 
     path = folder / ("pairs.jsonl" if raw[:1] == b"j" else "pairs.csv")
     path.write_bytes(raw[1:])
@@ -233,7 +233,7 @@ def use_pairs(raw: bytes, folder: Path) -> None:
     for pair in found:
         (pair.prompt + pair.positive + pair.negative + pair.content).encode()
     if len(found) > 1:
-        assert sum(map(len, pairs.split_pairs(found, (1.0,)))) == len(found)
+        assert sum(map(len, split_pairs(found, (1.0,)))) == len(found)
 
 
 def change_pairs(raw: bytes, rng: random.Random) -> bytes:

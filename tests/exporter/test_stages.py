@@ -73,6 +73,8 @@ def stop_at(
 
         def work() -> dict[str, Any]:
             monkeypatch.setattr(stages, "localize", slowed)
+            # In the background, as CI may be, a shell has it ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             result = invoke(*arguments)
             return {"code": result.exit_code, "says": result.stderr}
 
