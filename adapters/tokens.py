@@ -128,7 +128,7 @@ def tokenize_pairs(
     negatives = _encode(tokenizer, pairs, [pair.prompt + pair.negative for pair in pairs])
     if not appended:
         positives, negatives = (
-            _without_appended(tokenizer, rows) for rows in (positives, negatives)
+            _without_appended(tokenizer, rows, pairs) for rows in (positives, negatives)
         )
     for pair, prompt in zip(pairs, prompts, strict=True):
         if len(prompt) >= max_tokens:
@@ -152,7 +152,7 @@ def prompt_ids(
     """
     pairs = render_pairs(pairs, tokenizer)
     encoded = _encode(tokenizer, pairs, [pair.prompt for pair in pairs])
-    return _without_appended(tokenizer, encoded)
+    return _without_appended(tokenizer, encoded, pairs)
 
 
 def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -236,8 +236,14 @@ def _encode(
 
 
 def _without_appended(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    pairs: Sequence[ContrastivePair] = (),
 ) -> list[list[int]]:
+    """Rows without what the tokenizer appends; to those of chat `pairs` it appends nothing."""
     tail = list(appended_tokens(tokenizer))
-    cut = len(tail)
-    return [row[:-cut] if tail and row[-cut:] == tail else row for row in rows]
+    chat = [pair.is_chat for pair in pairs] or [False] * len(rows)
+    return [
+        row[: -len(tail)] if tail and not whole and row[-len(tail) :] == tail else row
+        for row, whole in zip(rows, chat, strict=True)
+    ]

@@ -94,6 +94,13 @@ def test_chat_has_the_tokens_that_a_server_sends(
     assert ids == [sent, list(plain.prefix)]
 
 
+def test_an_end_token_of_the_template_stays(tiny_tokenizer: Any) -> None:
+    tokenizer = ending(tiny_tokenizer, CHAT + "{{ eos_token }}")
+    turns = ({"role": "user", "content": "Tom felt"},)
+    (ids,) = prompt_ids([ContrastivePair("", " happy", " sad", turns)], tokenizer)
+    assert ids[-1] == tokenizer.eos_token_id
+
+
 def test_what_the_tokenizer_appends_can_stay_out(tiny_tokenizer: Any) -> None:
     pairs = [pair("Tom felt", " very happy", " sad")]
     tokenizer = ending(tiny_tokenizer, CHAT)
