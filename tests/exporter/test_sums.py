@@ -178,7 +178,7 @@ def test_digests_keep_the_order_of_the_paths(
 @settings(deadline=None, max_examples=60)
 @given(
     name=st.binary(min_size=1, max_size=40).filter(
-        lambda raw: not set(raw) & {0, 47} and raw not in (b".", b"..", b"SHA256SUMS")
+        lambda raw: not set(raw) & {0, 47} and raw[:1] != b"." and raw != b"SHA256SUMS"
     )
 )
 def test_any_file_name_is_read_back(
