@@ -53,8 +53,8 @@ def check_bare(model: nn.Module, purpose: str) -> None:
         purpose: what for, as the message calls it.
 
     Raises:
-        ModelError: it is no model, an adapter (of ours, or of peft) is on it, or it is
-            compiled.
+        ModelError: it is no model, an adapter is attached to it, layers of peft are in it, or
+            it is compiled.
     """
     check_module(model, purpose)
     from austeer.adapters.attach import is_transformed

@@ -15,8 +15,8 @@ def split_pairs(
 ) -> list[list[ContrastivePair]]:
     """Split by content hash: the same pairs give the same splits, whatever their order.
 
-    Pairs that share a non-empty prompt stay together, so that no prompt of one split is seen
-    in another; but for one that holds more than half of all pairs.
+    Pairs that share a non-empty prompt, or a whole text, stay together, so that none of one
+    split is seen in another; but for what would put more than half of all pairs in one group.
 
     Args:
         pairs: pairs without repetitions.
@@ -24,7 +24,7 @@ def split_pairs(
         seed: another seed gives another split.
 
     Raises:
-        PairsError: bad fractions, or too few pairs (or distinct prompts) for so many splits.
+        PairsError: bad fractions, or too few pairs (or groups of them) for so many splits.
     """
     if min(fractions, default=0.0) <= 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise PairsError(

@@ -87,10 +87,12 @@ def write_code(
     scale: float = 1.0,
     force: bool = False,
     link: bool = False,
+    own_base: bool | None = None,
 ) -> None:
     """Write the steered checkpoint into `folder`, an existing empty directory.
 
-    Arguments and errors as in `export_code`; nothing is published or verified.
+    Arguments and errors as in `export_code`; nothing is published or verified. `own_base` is
+    what `is_own_base` said, if it was asked already.
     """
     config = read_model_config(base)
     check_code_base(base, config)
@@ -105,9 +107,10 @@ def write_code(
     write_json(folder / "config.json", steered_config(config, adapter, scale))
     _name_tokenizer(config, folder)
     shutil.copyfile(code_file(), folder / CODE_NAME)
-    own = is_own_base(checkpoint, adapter) if force else True
+    if own_base is None:
+        own_base = is_own_base(checkpoint, adapter, force=force)
     card = model_card(
-        adapter.config, "finetune", "transformers", _usage(), scale=scale, own_base=own
+        adapter.config, "finetune", "transformers", _usage(), scale=scale, own_base=own_base
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -113,10 +113,12 @@ def write_folded(
     scale: float = 1.0,
     force: bool = False,
     stored: StoredAs | None = None,
+    own_base: bool | None = None,
 ) -> MergeSummary:
     """Write the folded checkpoint into `folder`, an existing empty directory.
 
-    Arguments and errors as in `merge_checkpoint`; nothing is published or verified.
+    Arguments and errors as in `merge_checkpoint`; nothing is published or verified. `own_base`
+    is what `is_own_base` said, if it was asked already.
     """
     read_model_config(base)
     stored, quantization = stored or StoredAs(), quantization_of(base)
@@ -138,10 +140,11 @@ def write_folded(
         raise RouteError(f"this adapter cannot fold: {describe_refusals(plan)}")
     copied = _write(checkpoint, folder, plan, stored, check)
     check_effect(copied.changed, scale)
-    own = is_own_base(checkpoint, adapter) if force and quantization is None else True
+    if own_base is None:
+        own_base = is_own_base(checkpoint, adapter, force=force, quantization=quantization)
     usage = _usage(scale)
     card = model_card(
-        adapter.config, "finetune", "transformers", usage, scale=scale, own_base=own
+        adapter.config, "finetune", "transformers", usage, scale=scale, own_base=own_base
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     units = sum(len(steered.index) for steered in adapter.sites)
@@ -221,15 +224,33 @@ def _open(
         )
     checkpoint = Checkpoint(base)
     layers = adapter.architecture.num_layers(config)
-    if quantization is not None and locate_sites(adapter, checkpoint, quantization).scales:
+    if not _is_comparable(adapter, checkpoint, quantization):
         return checkpoint, partial(_check_layers, adapter, layers)
     read = checkpoint_reader(adapter.architecture, checkpoint)
     return checkpoint, partial(adapter.check_base, read, layers, force)
 
 
-def is_own_base(checkpoint: Checkpoint, adapter: SteeringAdapter) -> bool:
-    """Whether a base that was accepted by force is the adapter's all the same."""
+def is_own_base(
+    checkpoint: Checkpoint,
+    adapter: SteeringAdapter,
+    *,
+    force: bool,
+    quantization: Quantization | None = None,
+) -> bool:
+    """Whether a base that `open_base` accepted is the adapter's, as far as can be said.
+
+    Arguments as there; only what was forced is read for it.
+    """
+    if not force or not _is_comparable(adapter, checkpoint, quantization):
+        return True
     return adapter.is_made_for(checkpoint_reader(adapter.architecture, checkpoint))
+
+
+def _is_comparable(
+    adapter: SteeringAdapter, checkpoint: Checkpoint, quantization: Quantization | None
+) -> bool:
+    """Whether the weights that the adapter touches are stored as the fingerprint has them."""
+    return quantization is None or not locate_sites(adapter, checkpoint, quantization).scales
 
 
 def _check_layers(adapter: SteeringAdapter, layers: int) -> None:

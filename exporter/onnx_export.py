@@ -52,7 +52,7 @@ def write_onnx(
     scale: float = 1.0,
     scale_as: str = ScaleAs.CONSTANT,
     force: bool = False,
-    own_base: bool | None = None,
+    own_base: bool = True,
 ) -> Path:
     """Write the steered model as ONNX, with config, tokenizer and model card, into `folder`.
 
@@ -67,7 +67,7 @@ def write_onnx(
         scale: strength factor, in the graph as `austeer.scale`.
         scale_as: a `ScaleAs`: whether the factor is a graph input instead.
         force: accept a base model with other weights.
-        own_base: whether it is the adapter's base, for the model card; None for a look.
+        own_base: whether it is the adapter's base, for the model card.
 
     Returns:
         The path of `model.onnx`.
@@ -81,8 +81,6 @@ def write_onnx(
     """
     adapter.check_base(module_reader(model), text_config(model).num_hidden_layers, force)
     check_gains([adapter], scale, scale_as)
-    if own_base is None:
-        own_base = not force or adapter.is_made_for(module_reader(model))
     # What cannot be grafted is refused before an export that takes minutes.
     plan = plan_graft(adapter, scale, ScaleAs(scale_as))
     model = _runnable(model)

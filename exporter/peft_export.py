@@ -122,10 +122,12 @@ def write_peft(
     route: Route,
     scale: float = 1.0,
     force: bool = False,
+    own_base: bool | None = None,
 ) -> PeftSummary:
     """Write the PEFT adapter into `folder`, an existing empty directory.
 
-    Arguments and errors as in `convert_peft`; nothing is published.
+    Arguments and errors as in `convert_peft`; nothing is published. `own_base` is what
+    `is_own_base` said, if it was asked already.
     """
     if route not in NAMES:
         raise RouteError(f"route {route}: expected lora or ia3")
@@ -140,9 +142,10 @@ def write_peft(
     write_json(folder / CONFIG, config)
     # The metadata is what torch's loaders look for before they read a file.
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    own = is_own_base(checkpoint, adapter) if force else True
+    if own_base is None:
+        own_base = is_own_base(checkpoint, adapter, force=force)
     usage = _usage(adapter, route, plan, scale)
-    card = model_card(adapter.config, "adapter", "peft", usage, scale=scale, own_base=own)
+    card = model_card(adapter.config, "adapter", "peft", usage, scale=scale, own_base=own_base)
     (folder / "README.md").write_text(card, encoding="utf-8")
     units = sum(len(steered.index) for steered in adapter.sites)
     rank = plan.rank if route is Route.LORA else 0

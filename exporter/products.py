@@ -96,16 +96,17 @@ def check_base(base: Base, adapter: SteeringAdapter, handling: Handling) -> Hand
     """Check that the adapter belongs to the base's files; the handling that follows from it.
 
     The files decide, because the live model may be loaded in another dtype, in which the same
-    weights have another fingerprint. No later step needs to ask again.
+    weights have another fingerprint. No later step needs to ask again, or to read them.
 
     Raises:
         AdapterError: it is for another base (unless `handling.force`).
         SiteError: a unit or layer that the base does not have.
     """
-    from austeer.exporter.merge import open_base
+    from austeer.exporter.merge import is_own_base, open_base
 
-    open_base(base.folder, adapter, force=handling.force)
-    return dataclasses.replace(handling, force=True)
+    checkpoint = open_base(base.folder, adapter, force=handling.force)
+    own = is_own_base(checkpoint, adapter, force=handling.force)
+    return dataclasses.replace(handling, force=True, own_base=own)
 
 
 def make_product(

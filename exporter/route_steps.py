@@ -41,39 +41,38 @@ def write_product(
         RouteError: the adapter cannot take this route.
         AdapterError: the adapter is for another base.
     """
-    scale, force = handling.scale, handling.force
+    force, own = handling.force, handling.own_base
+    if own is None:
+        # Of the files: the live model may be loaded in another dtype.
+        own = is_own_base(Checkpoint(base.folder), adapter, force=force)
+    options: dict[str, Any] = {"scale": handling.scale, "force": force, "own_base": own}
     if route is Route.ONNX:
         from austeer.exporter.onnx_export import write_onnx
 
-        # Of the files: the live model may be loaded in another dtype.
-        own = not force or is_own_base(Checkpoint(base.folder), adapter)
         write_onnx(
             base.model,
             base.tokenizer,
             adapter,
             folder,
-            scale=scale,
             scale_as=handling.scale_as,
-            force=force,
-            own_base=own,
+            **options,
         )
     elif route is Route.CODE:
         from austeer.exporter.code_export import write_code
 
         link = handling.stored.link
-        write_code(base.folder, adapter, folder, scale=scale, force=force, link=link)
+        write_code(base.folder, adapter, folder, link=link, **options)
     elif route.is_peft:
         from austeer.exporter.peft_export import write_peft
 
-        write_peft(base.folder, adapter, folder, route=route, scale=scale, force=force)
+        write_peft(base.folder, adapter, folder, route=route, **options)
     else:
         from austeer.exporter.merge import refuse_quantized, write_folded
 
         refuse_quantized(
             base.folder, "fit the unquantized model, then merge the adapter into this one"
         )
-        stored = handling.stored
-        write_folded(base.folder, adapter, folder, scale=scale, force=force, stored=stored)
+        write_folded(base.folder, adapter, folder, stored=handling.stored, **options)
 
 
 def prove_product(

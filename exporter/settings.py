@@ -89,6 +89,7 @@ class Handling:
     Attributes:
         scale: factor on every γ.
         force: accept a base with other weights than the adapter was made for.
+        own_base: whether the base is the adapter's, None where nobody has looked yet.
         verify: compare the product with the attached model.
         trust_remote_code: let transformers run code that the checkpoint brings.
         scale_as: what the factor is in an ONNX graph: `constant`, or a graph input that is
@@ -102,6 +103,7 @@ class Handling:
 
     scale: float = 1.0
     force: bool = False
+    own_base: bool | None = None
     verify: bool = True
     trust_remote_code: bool = False
     scale_as: str = "constant"

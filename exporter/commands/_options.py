@@ -97,7 +97,8 @@ fit_options = together(
     click.option("--keep-sign", is_flag=True, help="Never turn an activation's sign."),
     click.option(
         "--neutral-text", type=FOLDER,
-        help="Text whose perplexity is reported: .txt, a text a line, or .jsonl with text.",
+        help="Text whose perplexity is reported: .txt or .md, a text a line, or .jsonl with "
+        "text.",
     ),
     click.option("--ranking", type=FOLDER, help="Ranking that `localize` wrote."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),

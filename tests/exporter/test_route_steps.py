@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from austeer.adapters import SteeringAdapter
-from austeer.exporter.products import Base
+from austeer.exporter.products import Base, check_base
 from austeer.exporter.route_steps import write_product
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import Handling
@@ -68,3 +68,30 @@ def test_another_base_has_no_figures(route: Route, written: Callable[..., str]) 
 
 def test_the_files_decide_not_the_live_dtype(written: Callable[..., str]) -> None:
     assert MARGIN in written(Route.ONNX, half=True, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("route", Route)
+def test_what_the_adapter_touches_is_read_once(
+    route: Route,
+    force: bool,
+    saved_model: Callable[..., Path],
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a base of many gigabytes that takes as long as a part of the copy."""
+    base = Base(tiny_model("llama"), tiny_tokenizer, saved_model("llama"))
+    adapter = SteeringAdapter.from_units(base.model, "attention", [0, 1], [1, 2], [0.5, -1.0])
+    read, counted = SteeringAdapter._fingerprint_of, []
+
+    def count(self: SteeringAdapter, *arguments: Any) -> str:
+        counted.append(self)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(SteeringAdapter, "_fingerprint_of", count)
+    handling = check_base(base, adapter, Handling(force=force))
+    (tmp_path / "out").mkdir()
+    write_product(route, base, adapter, tmp_path / "out", handling)
+    assert len(counted) == 1
