@@ -53,8 +53,8 @@ def check_bare(model: nn.Module, purpose: str) -> None:
         purpose: what for, as the message calls it.
 
     Raises:
-        ModelError: it is no model, an adapter is attached to it, layers of peft are in it, or
-            it is compiled.
+        ModelError: it is no model, an adapter is attached to it, layers or prompts of peft are
+            in it, or it is compiled.
     """
     check_module(model, purpose)
     from austeer.adapters.attach import is_transformed
@@ -73,6 +73,11 @@ def check_bare(model: nn.Module, purpose: str) -> None:
         raise ModelError(
             f"{purpose}: peft stands between the model's layers, and its weights are not the "
             "base's; call merge_and_unload() first, and save what comes out: that is the base"
+        )
+    if hasattr(model, "prompt_encoder"):
+        raise ModelError(
+            f"{purpose}: peft puts learned prompts before every text, which no checkpoint "
+            "holds; hand in the model without them"
         )
     if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
         raise ModelError(f"{purpose}: the model is compiled; compile it afterwards")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from austeer.adapters._errors import PairsError
 from austeer.adapters.pairs import ContrastivePair, text_digest
@@ -64,7 +64,7 @@ def group_keys(
 
     A pair without a prompt counts by its own content. Where one group holds more than half of
     all pairs it tells nothing: of one prompt, each pair then stands for itself; of texts in
-    common, each prompt does.
+    common, those that the most pairs have join none.
 
     Args:
         pairs: the pairs, of a split say.
@@ -79,9 +79,18 @@ def _keys(pairs: Sequence[ContrastivePair]) -> list[str]:
     keys = [pair.context_text if pair.context else pair.content for pair in pairs]
     alone = _dominating(keys)
     keys = [p.content if key == alone else key for p, key in zip(pairs, keys, strict=True)]
-    joined = _joined(pairs, keys)
-    alone = _dominating(joined)
-    return [key if found == alone else found for key, found in zip(keys, joined, strict=True)]
+    texts = [set(whole_texts(pair)) for pair in pairs]
+    shared = Counter(text for both in texts for text in both)
+    joined = _joined(texts, keys)
+    while (alone := _dominating(joined)) is not None:
+        inside = [both for both, key in zip(texts, joined, strict=True) if key == alone]
+        most = max((shared[text] for both in inside for text in both), default=0)
+        if not most:  # one pair, given over and over
+            break
+        for both in inside:
+            both -= {text for text in both if shared[text] == most}
+        joined = _joined(texts, keys)
+    return joined
 
 
 def _dominating(keys: Sequence[str]) -> str | None:
@@ -90,8 +99,8 @@ def _dominating(keys: Sequence[str]) -> str | None:
     return most if 2 * times > len(keys) else None
 
 
-def _joined(pairs: Sequence[ContrastivePair], keys: Sequence[str]) -> list[str]:
-    """One key for all whose pairs have a text in common, be it through others; the least."""
+def _joined(texts: Sequence[Iterable[str]], keys: Sequence[str]) -> list[str]:
+    """One key for all whose pairs have one of their `texts` in common; the least of them."""
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -100,8 +109,8 @@ def _joined(pairs: Sequence[ContrastivePair], keys: Sequence[str]) -> list[str]:
         return key
 
     owners: dict[str, str] = {}
-    for pair, key in zip(pairs, keys, strict=True):
-        for text in whole_texts(pair):
+    for both, key in zip(texts, keys, strict=True):
+        for text in both:
             first, second = sorted((root(key), root(owners.setdefault(text, key))))
             parent[second] = first
     return [root(key) for key in keys]

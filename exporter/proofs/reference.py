@@ -23,10 +23,13 @@ Prompt = Int[np.ndarray, "1 tokens"]
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[Prompt]:
     """Token ids of each prompt, one row each, at most `limit` tokens; empty ones left out.
 
+    To a prompt that begins with the start token, as those of chat templates do, no special
+    tokens are added.
+
     Raises:
         VerificationError: nothing is left.
     """
-    rows = [np.asarray([tokenizer(text)["input_ids"][:limit]], np.int64) for text in prompts]
+    rows = [np.asarray([_token_ids(tokenizer, text)[:limit]], np.int64) for text in prompts]
     rows = [row for row in rows if row.size]
     if not rows:
         raise VerificationError(
@@ -34,6 +37,12 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[P
             "without; give prompts"
         )
     return rows
+
+
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    start = getattr(tokenizer, "bos_token", None)
+    whole = bool(start) and text.startswith(start)
+    return list(tokenizer(text, add_special_tokens=not whole)["input_ids"])
 
 
 def context_length(model: Any) -> int:

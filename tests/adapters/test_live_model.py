@@ -143,6 +143,15 @@ def test_a_model_under_peft_is_no_base(tiny_model: TinyModel) -> None:
     check_bare(wrapped.merge_and_unload(), "fit")
 
 
+def test_learned_prompts_of_peft_are_in_no_base(tiny_model: TinyModel) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ModelError, match="fit: peft puts learned prompts before every text"):
+        check_bare(peft.get_peft_model(model, config), "fit")
+    check_bare(model, "fit")
+
+
 def test_a_copy_made_while_steered_is_no_base(tiny_model: TinyModel) -> None:
     model = tiny_model("llama")
     with some_adapter(model).attached(model):

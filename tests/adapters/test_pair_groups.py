@@ -132,6 +132,10 @@ def test_a_text_whose_prompt_ends_a_word_earlier_stays_with_it() -> None:
     assert len(set(group_keys(pairs))) == 40
 
 
+def test_a_pair_given_over_and_over_is_one_group() -> None:
+    assert len(set(group_keys([make(0)] * 5 + [make(1)]))) == 2
+
+
 def test_several_negatives_of_one_positive_stay_together() -> None:
     pairs = [
         ContrastivePair("", f"good {number}", f"bad {number} {other}")
@@ -157,3 +161,14 @@ def test_keys_of_a_split_are_those_among_all() -> None:
     keys = group_keys(pairs)
     assert keys[0] == keys[1] and len(set(keys)) == 9
     assert group_keys(pairs[1:2], pairs) == keys[:1]
+
+
+def test_one_negative_of_most_pairs_joins_none_and_loosens_no_other() -> None:
+    pairs = []
+    for number in range(20):
+        for other in ("no idea", f"bad {number}", f"worse {number}"):
+            pairs.append(ContrastivePair("", f"good {number}", other))
+    splits = split_pairs(pairs, THIRDS)
+    assert sizes(splits) == [36, 12, 12]
+    assert seen_twice(splits) == {"no idea"}
+    assert len(set(group_keys(pairs))) == 20

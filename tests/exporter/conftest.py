@@ -61,6 +61,29 @@ def adapter_folder(
 
 
 @pytest.fixture
+def traced_before(
+    exported_base: Callable[..., tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny llama's graph is read, not traced again: for tests of what is done with it."""
+    import onnx_ir as ir
+    import torch
+
+    from austeer.exporter import onnx_export
+
+    known, path = exported_base("llama")
+    weights, trace = known.state_dict(), onnx_export.export_graph
+
+    def export_graph(model: Any) -> ir.Model:
+        found = model.state_dict()
+        same = found.keys() == weights.keys() and all(
+            torch.equal(found[name], weights[name]) for name in weights
+        )
+        return ir.load(path) if same and model.dtype == known.dtype else trace(model)
+
+    monkeypatch.setattr(onnx_export, "export_graph", export_graph)
+
+
+@pytest.fixture
 def file_size_limit() -> Any:
     """No file may grow beyond 2 kB: the kernel itself refuses the write."""
     import resource

@@ -434,6 +434,7 @@ def test_disk_full_while_syncing(
     refused(tmp_path, "merge", base, adapter, "-o", tmp_path / "out", says=says)
 
 
+@pytest.mark.usefixtures("traced_before")
 @pytest.mark.parametrize("command", ["merge", "onnx"])
 def test_write_that_the_kernel_refuses(
     tmp_path: Path, base: Path, adapter: Path, command: str, file_size_limit: None

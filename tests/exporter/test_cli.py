@@ -444,6 +444,7 @@ def test_run_on_the_embedded_model_steers_it(tmp_path: Path) -> None:
     assert texts[0] != texts[1]
 
 
+@pytest.mark.usefixtures("traced_before")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", ["merge", "onnx"])
 def test_a_signal_ends_a_command_as_an_interrupt_does(

@@ -87,6 +87,7 @@ def test_shared_blocks_take_no_room(
         check_space(tmp_path / "out", 4096)
 
 
+@pytest.mark.usefixtures("traced_before")
 @pytest.mark.parametrize(
     "command",
     [("merge", "--no-verify"), ("merge", "--code"), ("onnx",), ("peft", "--as", "lora")],

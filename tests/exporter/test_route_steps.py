@@ -16,6 +16,7 @@ from austeer.exporter.route_steps import write_product
 from austeer.exporter.routes import Route
 from austeer.exporter.settings import Handling
 
+pytestmark = pytest.mark.usefixtures("traced_before")
 MARGIN = "| margin | 4.076 |"
 
 

@@ -158,7 +158,7 @@ def test_live_model_must_be_the_base(
 
 def test_prompts_without_tokens(tiny_tokenizer: Any) -> None:
     class Mute:
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
             return {"input_ids": [1] * len(text.split())}
 
     assert [row.shape for row in encode_prompts(Mute(), ["", "a b c", "d"], 2)] == [
@@ -167,6 +167,11 @@ def test_prompts_without_tokens(tiny_tokenizer: Any) -> None:
     ]
     with pytest.raises(VerificationError, match="at least one prompt with a token, got 2"):
         encode_prompts(Mute(), ["", ""], 2)
+
+
+def test_a_rendered_chat_has_one_start_token(tiny_tokenizer: Any) -> None:
+    plain, rendered = encode_prompts(tiny_tokenizer, ["Tom felt", "<s>Tom felt"], 9)
+    assert plain.shape == (1, 3) and plain.tolist() == rendered.tolist()
 
 
 def test_allowance_is_the_effect_of_one_rounding(product: Any, tiny_tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,21 @@ from austeer.adapters import (
 )
 from austeer.adapters.fitting.candidates import FitOptions
 from austeer.adapters.fitting.fit import Fitter
+from austeer.adapters.measurement import measure
+from austeer.adapters.measurement.fluency import FluencyProbe
 from austeer.adapters.measurement.measure import Splits, make_splits
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SMALL = {"neutral_sequences": 24, "neutral_length": 48, "steps": 30, "max_units": 32}
+NAMES = ("Tom", "Mia", "the park", "the sun", "one day", "home", "it", "rain")
 FIGURES = ("accuracy", "base_accuracy", "margin", "base_margin", "margin_gain", "kl", "fluency")
 
 
-class Demo:
-    """The demo model with its mood pairs, and fits of it."""
+class Fits:
+    """A model, pairs and their ranking, and fits of them."""
 
-    def __init__(self) -> None:
-        self.model = load_model(str(EXAMPLES / "demo_model"))
-        self.tokenizer = load_tokenizer(str(EXAMPLES / "demo_model"))
-        pairs = read_pairs(EXAMPLES / "pairs" / "mood_train.jsonl")[:96]
-        test = read_pairs(EXAMPLES / "pairs" / "mood_test.jsonl")[:40]
-        self.splits = make_splits(pairs, test)
+    def __init__(self, model: Any, tokenizer: Any, splits: Splits) -> None:
+        self.model, self.tokenizer, self.splits = model, tokenizer, splits
         self.ranking = localize(self.model, self.tokenizer, self.splits.fit, components=["ffn"])
 
     def fit(self, splits: Splits | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -51,13 +51,43 @@ class Demo:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Demo:
-    return Demo()
+def demo() -> Fits:
+    """The demo model with its mood pairs."""
+    folder = str(EXAMPLES / "demo_model")
+    pairs = read_pairs(EXAMPLES / "pairs" / "mood_train.jsonl")[:96]
+    test = read_pairs(EXAMPLES / "pairs" / "mood_test.jsonl")[:40]
+    return Fits(load_model(folder), load_tokenizer(folder), make_splits(pairs, test))
+
+
+@pytest.fixture
+def tiny(tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Fits:
+    """Random weights, whose fits are quick and count as a success: for tests that compare."""
+    monkeypatch.setattr("austeer.adapters.fitting.fit.no_effect_reason", lambda *_: None)
+    pairs = [
+        ContrastivePair(f"{name} {verb}", " happy", " sad", where=f"p:{name}{verb}")
+        for name in NAMES
+        for verb in ("was", "felt", "went", "and")
+    ]
+    return Fits(tiny_model("llama"), tiny_tokenizer, make_splits(pairs))
 
 
 @pytest.fixture(scope="module")
-def fitted(demo: Demo) -> tuple[SteeringAdapter, dict[str, Any]]:
+def fitted(demo: Fits) -> tuple[SteeringAdapter, dict[str, Any]]:
     return demo.fit(strength=Strength.FITTED)
+
+
+@pytest.fixture
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fluency from 4 tokens a continuation: for tests that compare fits, or need no figure."""
+    monkeypatch.setattr(measure, "FluencyProbe", partial(FluencyProbe, steps=4))
+
+
+def assert_equal(first: SteeringAdapter, second: SteeringAdapter) -> None:
+    found = second.tensors()
+    assert first.tensors().keys() == found.keys()
+    assert max(float(np.abs(site.gamma).max()) for site in first.sites) > 0.01
+    for name, tensor in first.tensors().items():
+        assert np.array_equal(tensor, found[name]), name
 
 
 def log_prob(model: Any, ids: list[int]) -> float:
@@ -66,7 +96,7 @@ def log_prob(model: Any, ids: list[int]) -> float:
     return float(sum(scores[t, ids[t + 1]] for t in range(len(ids) - 1)))
 
 
-def independent_margins(demo: Demo, pairs: list[ContrastivePair]) -> np.ndarray:
+def independent_margins(demo: Fits, pairs: list[ContrastivePair]) -> np.ndarray:
     encode = lambda text: demo.tokenizer(text)["input_ids"]  # noqa: E731
     return np.array([
         log_prob(demo.model, encode(pair.prompt + pair.positive))
@@ -76,7 +106,7 @@ def independent_margins(demo: Demo, pairs: list[ContrastivePair]) -> np.ndarray:
 
 
 def test_report_figures_are_those_of_the_returned_adapter(
-    demo: Demo, fitted: tuple[SteeringAdapter, dict[str, Any]]
+    demo: Fits, fitted: tuple[SteeringAdapter, dict[str, Any]]
 ) -> None:
     adapter, report = fitted
     base = independent_margins(demo, demo.splits.test)
@@ -114,18 +144,16 @@ def test_report_has_the_keys_of_the_design_and_is_json(
 
 @pytest.mark.parametrize("strength", [Strength.FITTED, Strength.ADAPTIVE, Strength.ORIENTED])
 def test_equal_seeds_give_equal_adapters_whatever_the_test_pairs(
-    strength: Strength, demo: Demo
+    strength: Strength, tiny: Fits
 ) -> None:
-    few = Splits(demo.splits.fit, demo.splits.validation, demo.splits.test[:7])
-    first, _ = demo.fit(strength=strength, steps=12, kl_budget=0.3)
-    second, _ = demo.fit(splits=few, strength=strength, steps=12, kl_budget=0.3)
-    assert first.tensors().keys() == second.tensors().keys()
-    for name, tensor in first.tensors().items():
-        assert np.array_equal(tensor, second.tensors()[name]), name
+    few = Splits(tiny.splits.fit, tiny.splits.validation, tiny.splits.test[:3])
+    first, _ = tiny.fit(strength=strength, steps=12, kl_budget=0.3)
+    second, _ = tiny.fit(splits=few, strength=strength, steps=12, kl_budget=0.3)
+    assert_equal(first, second)
 
 
 def test_adaptive_beats_constant_gains_at_the_same_budget(
-    demo: Demo, fitted: tuple[SteeringAdapter, dict[str, Any]]
+    demo: Fits, fitted: tuple[SteeringAdapter, dict[str, Any]]
 ) -> None:
     adapter, report = demo.fit(strength=Strength.ADAPTIVE)
     assert adapter.config.rank == 1
@@ -134,9 +162,9 @@ def test_adaptive_beats_constant_gains_at_the_same_budget(
     assert report["validation"]["margin"] > fitted[1]["validation"]["margin"]
 
 
-def test_keep_sign_holds_in_the_adapter(demo: Demo) -> None:
-    options: dict[str, Any] = {"strength": Strength.FITTED, "kl_budget": 2.0}
-    free, kept = (demo.fit(**options, keep_sign=keep) for keep in (False, True))
+def test_keep_sign_holds_in_the_adapter(tiny: Fits) -> None:
+    options: dict[str, Any] = {"strength": Strength.FITTED, "kl_budget": 20.0}
+    free, kept = (tiny.fit(**options, keep_sign=keep) for keep in (False, True))
     assert free[1]["selected"]["units_that_can_flip_sign"] > 0
     assert kept[1]["selected"]["units_that_can_flip_sign"] == 0
     assert min(float(s.gamma.min()) for s in kept[0].sites) >= -1.0
@@ -152,7 +180,8 @@ def test_an_adapter_remembers_its_fit(
     assert loaded.config.fit["digests"] == report["fit"]["digests"]
 
 
-def test_a_budget_nothing_can_keep_is_said(demo: Demo) -> None:
+@pytest.mark.usefixtures("short_samples")
+def test_a_budget_nothing_can_keep_is_said(demo: Fits) -> None:
     with pytest.raises(NoEffectError, match=r"does not help|no candidate keeps") as caught:
         demo.fit(strength=Strength.ORIENTED, kl_budget=1e-7)
     assert caught.value.report["outcome"] == "no_effect"
@@ -163,9 +192,8 @@ def test_a_budget_nothing_can_keep_is_said(demo: Demo) -> None:
 
 def test_meaningless_pairs_have_no_effect(tiny_model: Any, tiny_tokenizer: Any) -> None:
     """Half of the pairs say the opposite of the other half: nothing to learn."""
-    names = ("Tom", "Mia", "the park", "the sun", "one day", "home", "it", "rain")
     pairs = []
-    for name in names:
+    for name in NAMES:
         for verb in ("was", "felt", "went"):
             sides = (" happy", " sad") if len(pairs) % 2 else (" sad", " happy")
             pairs.append(ContrastivePair(f"{name} {verb}", *sides, where=f"p:{len(pairs)}"))
@@ -202,12 +230,12 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         ({"components": ["mlp"]}, "component mlp: the ranking has ffn"),
     ],
 )
-def test_unknown_names_are_refused(demo: Demo, options: dict[str, Any], message: str) -> None:
+def test_unknown_names_are_refused(demo: Fits, options: dict[str, Any], message: str) -> None:
     with pytest.raises(FitError, match=message):
         fit_strength(demo.model, demo.tokenizer, demo.splits.fit, demo.ranking, **options)
 
 
-def test_too_few_pairs_to_choose_by_are_refused(demo: Demo) -> None:
+def test_too_few_pairs_to_choose_by_are_refused(demo: Fits) -> None:
     with pytest.raises(FitError, match="2 are left for validation, at least 5 are needed"):
         fit_strength(demo.model, demo.tokenizer, demo.splits.fit[:8], demo.ranking,
                      test_pairs=demo.splits.test)  # fmt: skip
@@ -215,10 +243,9 @@ def test_too_few_pairs_to_choose_by_are_refused(demo: Demo) -> None:
 
 def test_dropout_is_off_while_fitting(tiny_model: Any, tiny_tokenizer: Any) -> None:
     """With dropout on, the model would differ from itself and no budget could be kept."""
-    names = ("Tom", "Mia", "the park", "the sun", "one day", "home", "it", "rain")
     pairs = [
         ContrastivePair(f"{name} {verb}", " happy", " sad", where=f"p:{name}{verb}")
-        for name in names
+        for name in NAMES
         for verb in ("was", "felt", "went", "and")
     ]
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
@@ -233,12 +260,12 @@ def test_dropout_is_off_while_fitting(tiny_model: Any, tiny_tokenizer: Any) -> N
     assert model.training
 
 
-def test_more_units_than_exist_are_refused(demo: Demo) -> None:
+def test_more_units_than_exist_are_refused(demo: Fits) -> None:
     with pytest.raises(FitError, match=r"max_units 100000: more than exist \(ffn has"):
         demo.fit(strength=Strength.ORIENTED, max_units=100_000)
 
 
-def test_a_component_outside_the_ranking_is_refused(demo: Demo) -> None:
+def test_a_component_outside_the_ranking_is_refused(demo: Fits) -> None:
     with pytest.raises(FitError, match=r"component neuron: the ranking has ffn"):
         fit_strength(
             demo.model, demo.tokenizer, demo.splits.fit, demo.ranking, components=["neuron"]
@@ -246,7 +273,7 @@ def test_a_component_outside_the_ranking_is_refused(demo: Demo) -> None:
 
 
 def test_a_ranking_of_another_model_is_refused(
-    demo: Demo, tiny_model: Any, tiny_tokenizer: Any
+    demo: Fits, tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     with pytest.raises(FitError, match="localize again"):
         fit_strength(tiny_model("gpt2"), tiny_tokenizer, demo.splits.fit, demo.ranking)
@@ -266,7 +293,7 @@ def test_real_model_is_steered_within_the_budget(
     _, report = fit_strength(
         model, tokenizer, read_pairs(shared / "data" / "happy_vs_sad_train.jsonl"),
         test_pairs=read_pairs(shared / "data" / "happy_vs_sad_test.jsonl"),
-        strength=strength, kl_budget=budget, components=["attention"],
+        strength=strength, kl_budget=budget, components=["attention"], steps=100,
     )  # fmt: skip
     test = report["test"]
     assert test["base_accuracy"] == pytest.approx(0.433, abs=0.001)
@@ -291,25 +318,23 @@ def test_the_papers_rule_does_not_help_on_the_real_model(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["no_grad", "inference_mode", "float64", "bfloat16"])
-def test_what_the_caller_has_set_changes_no_fit(how: str, demo: Demo) -> None:
+def test_what_the_caller_has_set_changes_no_fit(how: str, tiny: Fits) -> None:
     options: dict[str, Any] = {"strength": Strength.ADAPTIVE, "steps": 6, "kl_budget": 0.5}
-    wanted, _ = demo.fit(**options)
+    wanted, _ = tiny.fit(**options)
     before = torch.get_default_dtype()
     try:
         if how in ("no_grad", "inference_mode"):
             with getattr(torch, how)():
-                found, _ = demo.fit(**options)
+                found, _ = tiny.fit(**options)
         else:
             torch.set_default_dtype(getattr(torch, how))
-            found, _ = demo.fit(**options)
+            found, _ = tiny.fit(**options)
     finally:
         torch.set_default_dtype(before)
-    assert found.tensors().keys() == wanted.tensors().keys()
-    for name, tensor in wanted.tensors().items():
-        assert np.array_equal(found.tensors()[name], tensor), name
+    assert_equal(wanted, found)
 
 
-def test_a_model_made_in_inference_mode_is_refused(tiny_model: Any, demo: Demo) -> None:
+def test_a_model_made_in_inference_mode_is_refused(tiny_model: Any, demo: Fits) -> None:
     with torch.inference_mode():
         model = tiny_model("llama", seed=99)
     with pytest.raises(ModelError, match=r"made under torch\.inference_mode"):
@@ -334,7 +359,7 @@ def test_bad_input_costs_no_fit(
     options: dict[str, Any],
     error: type[Exception],
     message: str,
-    demo: Demo,
+    demo: Fits,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Fitter, "run", lambda *_: pytest.fail("too late"))
