@@ -40,9 +40,9 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[P
 
 
 def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    start = getattr(tokenizer, "bos_token", None)
-    whole = bool(start) and text.startswith(start)
-    return list(tokenizer(text, add_special_tokens=not whole)["input_ids"])
+    start: str | None = getattr(tokenizer, "bos_token", None)
+    plain = not start or not text.startswith(start)
+    return list(tokenizer(text, add_special_tokens=plain)["input_ids"])
 
 
 def context_length(model: Any) -> int:

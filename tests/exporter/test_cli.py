@@ -175,6 +175,7 @@ def test_localize_writes_a_ranking(tmp_path: Path, base: Path, pairs: Path) -> N
     assert abs(values["components"][0]["best_beta"]) == round(np.abs(beta).max(), 4)
 
 
+@pytest.mark.usefixtures("traced_before")
 def test_merge_onnx_verify_agree(tmp_path: Path, base: Path, adapter: Path) -> None:
     for command, name in (("merge", "safetensors"), ("onnx", "onnx")):
         out = tmp_path / name

@@ -92,6 +92,7 @@ def test_the_command_is_told_without_its_output(
     assert said(out)["command"] == wanted
 
 
+@pytest.mark.usefixtures("traced_before")
 @pytest.mark.parametrize("command", [("merge", "--no-verify"), ("merge", "--code"), ("onnx",)])
 def test_two_products_are_the_same_files(
     base: Path, adapter: Path, tmp_path: Path, command: tuple[str, ...]

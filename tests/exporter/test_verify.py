@@ -269,7 +269,7 @@ def test_graph_with_wrong_logits(runner: Any, tiny_tokenizer: Any, tmp_path: Pat
 class Foreign:
     """A tokenizer with an id beyond the tiny models' embeddings."""
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
         return {"input_ids": [1, 4000]}
 
 

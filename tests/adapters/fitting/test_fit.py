@@ -293,7 +293,7 @@ def test_real_model_is_steered_within_the_budget(
     _, report = fit_strength(
         model, tokenizer, read_pairs(shared / "data" / "happy_vs_sad_train.jsonl"),
         test_pairs=read_pairs(shared / "data" / "happy_vs_sad_test.jsonl"),
-        strength=strength, kl_budget=budget, components=["attention"], steps=100,
+        strength=strength, kl_budget=budget, components=["attention"], steps=60,
     )  # fmt: skip
     test = report["test"]
     assert test["base_accuracy"] == pytest.approx(0.433, abs=0.001)
