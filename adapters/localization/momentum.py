@@ -208,10 +208,13 @@ def _sums(
     difference = positive - negative
     surplus = difference.sign().sum(1, dtype=torch.float32)
     least = difference.abs_().amin(1).double()
-    first, second = (side.to(torch.float64, copy=True) for side in (positive, negative))
-    totals = first.sum(1), second.sum(1)
-    squares = first.square_().addcmul_(second, second).sum(1)
-    return surplus, least, torch.stack((totals[0] - totals[1], totals[0] + totals[1], squares))
+    wide, totals, squares = torch.empty_like(positive, dtype=torch.float64), [], []
+    # One side after the other: two copies in float64 are more than a cache holds.
+    for side in (positive, negative):
+        totals.append(wide.copy_(side).sum(1))
+        squares.append(wide.square_().sum(1))
+    more, less = totals
+    return surplus, least, torch.stack((more - less, more + less, squares[0] + squares[1]))
 
 
 def _columns(
