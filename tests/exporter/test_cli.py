@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from austeer.adapters import NoEffectError, Ranking, SteeringAdapter
+from austeer.adapters import NoEffectError, Ranking, SteeringAdapter, fit_strength
 from austeer.exporter import cli as command_line
+from austeer.exporter import run as run_module
 from austeer.exporter.cli import cli
 from austeer.exporter.report import without_times
 from austeer.graphs.custom_op import library_file
@@ -422,10 +424,13 @@ def test_real_run_meets_its_figures(tmp_path: Path, shared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_on_the_embedded_model_steers_it(tmp_path: Path) -> None:
+def test_run_on_the_embedded_model_steers_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The demo's job: it must succeed, within the budget, and load without any of our code."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    monkeypatch.setattr(run_module, "fit_strength", partial(fit_strength, steps=60))
     examples, out = Path(__file__).resolve().parents[2] / "examples", tmp_path / "out"
     result = invoke(
         "run", examples / "demo_model", examples / "pairs" / "mood_train.jsonl",

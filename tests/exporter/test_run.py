@@ -24,9 +24,12 @@ from austeer.exporter.cli import cli
 
 # Random weights need not be steerable, and these tests are not about steering.
 ALWAYS_STEERED = """
+from functools import partial
 from austeer.adapters.fitting import fit
+from austeer.exporter import run
 from austeer.exporter.cli import cli
 fit.no_effect_reason = lambda *_: None
+run.fit_strength = partial(fit.fit_strength, steps=20)
 cli()
 """
 FAST = ("--strength", "oriented", "--component", "attention", "--kl-budget", "5")
