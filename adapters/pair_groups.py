@@ -88,7 +88,8 @@ def _keys(pairs: Sequence[ContrastivePair]) -> list[str]:
         if not most:  # one pair, given over and over
             break
         for both in inside:
-            both -= {text for text in both if shared[text] == most}
+            # Not the most alone: with as many turns as there are numbers it would not end soon.
+            both -= {text for text in both if 2 * shared[text] > most}
         joined = _joined(texts, keys)
     return joined
 

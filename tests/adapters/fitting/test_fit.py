@@ -78,7 +78,7 @@ def fitted(demo: Fits) -> tuple[SteeringAdapter, dict[str, Any]]:
 
 @pytest.fixture
 def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fluency from 4 tokens a continuation: for tests that compare fits, or need no figure."""
+    """Fluency from 4 tokens a continuation: for tests that need no figure."""
     monkeypatch.setattr(measure, "FluencyProbe", partial(FluencyProbe, steps=4))
 
 
