@@ -75,6 +75,12 @@ class SteeringAdapter:
         from austeer.adapters.live_model import check_module
 
         check_module(model, "from_units")
+        shapes = [np.shape(part) for part in (layers, units, gamma)]
+        if any(len(shape) != 1 for shape in shapes):
+            raise SiteError(
+                "from_units: expected lists of layers, units and gammas, one entry a unit, "
+                f"got arrays of shape {', '.join(map(str, shapes))}"
+            )
         if not len(layers) == len(units) == len(gamma):
             raise SiteError(
                 "from_units: expected equally many layers, units and gammas, "

@@ -143,12 +143,26 @@ def load_tokenizer(
             "copy the tokenizer's files beside the weights"
         )
     with _transformers_calls(folder, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **_type_of_base(folder)
+        )
         if not tokenizer("some text")["input_ids"]:
             raise ModelError(
                 f"{folder}: its tokenizer turns text into no tokens; fetch it again"
             )
     return tokenizer
+
+
+def _type_of_base(folder: Path) -> dict[str, Any]:
+    """Of a steered checkpoint, a config of the base's type, which decides the class."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    config = read_json(path, ModelError, "fetch it again") if path.is_file() else {}
+    if config.get("model_type") != STEERED_TYPE:
+        return {}
+    base = config.get("steering", {}).get("base_model_type")
+    return {"config": AutoConfig.for_model(base)}
 
 
 def _check_folder(folder: Path) -> None:

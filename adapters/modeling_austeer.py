@@ -114,7 +114,8 @@ class Steer(nn.Module):
         if self.side == "input":
             module.register_forward_pre_hook(self.on_input)
         else:
-            module.register_forward_hook(self.on_output)
+            # In front of the hooks of transformers that collect hidden states.
+            module.register_forward_hook(self.on_output, prepend=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Steer:
         """Let .to() and .half() move the numbers, never round them."""
@@ -143,11 +144,13 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
         sites = config.steering["sites"]
         if not sites:
             raise ValueError("config.json: steering has no sites; fetch the model again")
-        config.steering_scale = getattr(config, "steering_scale", 1.0)
+        config.steering_scale = _finite(getattr(config, "steering_scale", 1.0))
         steers = {key: Steer(**facts, config=config) for key, facts in sites.items()}
         # In the inner model, whose prefix a checkpoint's names have or lack all together.
-        setattr(self.get_submodule(self._decoder_name), BANK, _nested(steers))
+        decoder = self.get_submodule(self._decoder_name)
+        setattr(decoder, BANK, _nested(steers))
         self.attach_steering()
+        decoder.register_forward_pre_hook(self._keep_attached)
 
     @property
     def steering_scale(self) -> float:
@@ -156,20 +159,34 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
 
     @steering_scale.setter
     def steering_scale(self, value: float) -> None:
-        if not math.isfinite(value):
-            raise ValueError(f"steering_scale: expected a finite number, got {value}")
-        self.config.steering_scale = float(value)
+        self.config.steering_scale = _finite(value)
+        for steer in self._steers():
+            steer._config = self.config
 
     def attach_steering(self) -> None:
-        """Hook the steering in, also where a module was replaced or wrapped since."""
+        """Hook the steering in, also where a module was replaced or wrapped since.
+
+        A forward pass does so itself, unless it is compiled.
+        """
         for module in self.modules():
             # One of before stays behind on what a wrapper holds inside.
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 ours = [k for k, h in hooks.items() if isinstance(_owner(h), Steer)]
                 for key in ours:
                     del hooks[key]
+        self._hooked = []
         for steer in self._steers():
             steer.attach(self)
+            path, _, name = steer.module.rpartition(".")
+            parent = self.get_submodule(path)
+            self._hooked.append((parent, name, parent.get_submodule(name)))
+
+    def _keep_attached(self, *_: Any) -> None:
+        """Forward pre-hook: what peft wraps or unwraps takes its hooks along, or loses them."""
+        if torch.compiler.is_compiling():
+            return
+        if any(parent.get_submodule(name) is not m for parent, name, m in self._hooked):
+            self.attach_steering()
 
     @property
     def _decoder_name(self) -> str:
@@ -213,6 +230,17 @@ class SteeredForCausalLM(PreTrainedModel):  # type: ignore[misc]
         if cls is SteeredForCausalLM:
             return _model_class(config)._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
+
+
+def _finite(scale: float) -> float:
+    """The factor on every γ.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"steering_scale: expected a finite number, got {scale}")
+    return float(scale)
 
 
 def _owner(hook: Any) -> Any:

@@ -22,7 +22,7 @@ PHI_SHIFT = math.log(3.0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictor:
-    """Weights of one site's predictor, standardization already absorbed.
+    """Weights of one site's predictor in float32, standardization already absorbed.
 
     Attributes:
         V: reads the k selected activations into r features.
@@ -38,6 +38,9 @@ class Predictor:
     U: Float[np.ndarray, "r k"]
 
     def __post_init__(self) -> None:
+        for name in "VbU":
+            # As saved, so that an adapter steers the same before it is saved and after.
+            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float32))
         k, r = self.V.shape if self.V.ndim == 2 else (-1, -1)
         if r < 1 or self.b.shape != (r,) or self.U.shape != (r, k):
             raise AdapterError(

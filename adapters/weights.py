@@ -75,6 +75,8 @@ def _weight_files(root: Path) -> tuple[list[Path], dict[str, str]]:
             f"{root}: has only pickle weights ({pickles[0]}), which can run code when opened; "
             "convert them to safetensors first"
         )
+    if files := sorted(path.name for path in root.glob("*.gguf")):
+        raise ModelError(f"{root}: has only GGUF weights; to merge into them, name {files[0]}")
     raise ModelError(
         f"{root}: expected {SINGLE} or {INDEX}, found no weights; download the whole model"
     )

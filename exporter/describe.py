@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from austeer.adapters._errors import RouteError
 from austeer.adapters._progress import Progress
 from austeer.adapters.adapter import SteeringAdapter
 from austeer.adapters.config import is_finite, is_interval
@@ -80,16 +81,25 @@ def describe_in_base(
         AdapterError: not the adapter's base.
         ModelError: the model or its tokenizer cannot be loaded.
         SiteError: a unit or layer that the base does not have.
+        RouteError: the base's weights are quantized.
     """
     from austeer.adapters.analysis.units import analyze_units
     from austeer.adapters.composition.combined import check_fingerprint
     from austeer.adapters.fingerprint import checkpoint_reader
     from austeer.adapters.model_directory import model_directory
-    from austeer.exporter.merge import open_base
+    from austeer.exporter.merge import is_comparable, open_base
     from austeer.exporter.products import load_base
+    from austeer.exporter.quantized.formats import quantization_of
 
     # Here nothing can be forced: the fingerprint is checked by itself, with its own message.
-    checkpoint = open_base(model_directory(base.model, base.revision), adapter, force=True)
+    folder = model_directory(base.model, base.revision)
+    quantization = quantization_of(folder)
+    checkpoint = open_base(folder, adapter, force=True, quantization=quantization)
+    if not is_comparable(adapter, checkpoint, quantization):
+        raise RouteError(
+            f"{folder}: its weights are quantized, and cannot be compared with those of the "
+            "adapter's base; name the unquantized model"
+        )
     read = checkpoint_reader(adapter.architecture, checkpoint)
     check_fingerprint(adapter, read, name)
     if units == 0:

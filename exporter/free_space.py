@@ -155,7 +155,9 @@ def _difference(
         read = checkpoint_reader(architecture, checkpoint)
         for name, *_ in touched_tensors(adapter.sites, architecture, read):
             entry = checkpoint.find(architecture.disk_names(name))
-            touched |= {entry.file} if entry else set()
+            if entry is None:  # a quantized projection: its plan alone knows what changes
+                return 0
+            touched.add(entry.file)
     return -sum(file.stat().st_size for file in checkpoint.files if file not in touched)
 
 

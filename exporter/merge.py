@@ -224,7 +224,7 @@ def _open(
         )
     checkpoint = Checkpoint(base)
     layers = adapter.architecture.num_layers(config)
-    if not _is_comparable(adapter, checkpoint, quantization):
+    if not is_comparable(adapter, checkpoint, quantization):
         return checkpoint, partial(_check_layers, adapter, layers)
     read = checkpoint_reader(adapter.architecture, checkpoint)
     return checkpoint, partial(adapter.check_base, read, layers, force)
@@ -241,12 +241,12 @@ def is_own_base(
 
     Arguments as there; only what was forced is read for it.
     """
-    if not force or not _is_comparable(adapter, checkpoint, quantization):
+    if not force or not is_comparable(adapter, checkpoint, quantization):
         return True
     return adapter.is_made_for(checkpoint_reader(adapter.architecture, checkpoint))
 
 
-def _is_comparable(
+def is_comparable(
     adapter: SteeringAdapter, checkpoint: Checkpoint, quantization: Quantization | None
 ) -> bool:
     """Whether the weights that the adapter touches are stored as the fingerprint has them."""

@@ -24,7 +24,7 @@ from austeer.adapters.fitting.candidates import HEADROOM
 from austeer.adapters.live_model import check_bare, check_tokenizer
 from austeer.adapters.measurement.evaluate import KLMeter
 from austeer.adapters.measurement.measure import Share, as_report
-from austeer.adapters.pairs import ContrastivePair
+from austeer.adapters.pairs import ContrastivePair, check_pairs
 
 # Fits draw their neutral text from small seeds; this text must be none that an adapter saw.
 _FRESH = 1 << 20
@@ -78,13 +78,15 @@ def combine_within_budget(
 
     Raises:
         AdapterError: what `combine` refuses.
-        FitError: a budget that is not positive or that no factor keeps, or no finite KL.
+        FitError: a budget that is not positive or that no factor keeps, no finite KL, or
+            `pairs` that are no lists by name.
         ModelError: a model that is steered or compiled.
     """
     check_bare(model, "combine")
     check_tokenizer(tokenizer, "combine")
     check_adapters(adapters)
     _check_budget(kl_budget)
+    _check_pairs(pairs)
     given = checked_weights(weights, len(adapters))
     joined = partial(
         combine, adapters, model=model, read=read, on_overlap=on_overlap, names=names
@@ -169,6 +171,19 @@ def _check_budget(kl_budget: float) -> None:
         raise FitError(
             f"KL budget: expected a positive number of nats per token, got {kl_budget}"
         )
+
+
+def _check_pairs(pairs: Mapping[str, Sequence[ContrastivePair]] | None) -> None:
+    if pairs is None:
+        return
+    if not isinstance(pairs, Mapping):
+        raise FitError(
+            f"combine: pairs: expected lists by behaviour's name, got {type(pairs).__name__}"
+        )
+    for name, some in pairs.items():
+        check_pairs(some)
+        if not some:
+            raise FitError(f"combine: pairs of {name}: expected at least one, got none")
 
 
 def _step(low_kl: float, high_kl: float, budget: float) -> float:

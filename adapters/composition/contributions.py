@@ -191,6 +191,11 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
     """
     if weights is None:
         return (1.0,) * count
+    whole: object = weights
+    if isinstance(whole, str) or not isinstance(whole, Sequence | np.ndarray):
+        raise AdapterError(
+            f"combine: weights {weights!r}: expected a list, one number an adapter"
+        )
     if len(weights) != count:
         raise AdapterError(
             f"combine: expected one weight for each of {count} adapters, got {len(weights)}"

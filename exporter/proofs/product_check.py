@@ -23,7 +23,7 @@ from austeer.exporter.proofs.random_check import prove_structure
 from austeer.exporter.quantized.gguf_file import is_gguf
 from austeer.exporter.quantized.products import check_kind, quantized_base, verify_quantized
 from austeer.exporter.route_steps import prove_product
-from austeer.exporter.routes import Route, check_installed, route_of
+from austeer.exporter.routes import Route, check_installed, check_routes, route_of
 from austeer.exporter.settings import BaseOptions, Handling
 from austeer.exporter.sums import require_sums, write_sums
 
@@ -62,6 +62,9 @@ def verify_product(
     started = time.monotonic()
     route = Route.SAFETENSORS if is_gguf(product) else route_of(product)
     adapter = SteeringAdapter.from_pretrained(adapter_name)
+    if route.folds:
+        # What no weight can absorb is in no product of this kind, whatever its γ.
+        check_routes([route], adapter.config.strength, adapter.config.components, verify=False)
     quantized = quantized_base(base_options, route)
     if quantized is not None:
         handling = Handling(scale=scale, force=force)

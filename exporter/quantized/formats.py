@@ -102,10 +102,20 @@ def row_scales(
 ) -> RowScales | str | None:
     """Where the scales of `module` are; why not; or None where it is stored unquantized."""
 
-    def find(part: str) -> TensorEntry | None:
+    def stored(part: str) -> list[str]:
         names = architecture.disk_names(f"{module}.{part}")
-        return next((tensors[name] for name in names if name in tensors), None)
+        return [name for name in names if name in tensors]
 
+    def find(part: str) -> TensorEntry | None:
+        return next((tensors[name] for name in stored(part)), None)
+
+    parts = {part for layout in quantization.layouts for part in (layout.values, layout.scales)}
+    for part in sorted({*parts, "bias"}):
+        if len(names := stored(part)) > 1:
+            return (
+                f"{names[0]} stands in the checkpoint a second time as {names[1]}; "
+                "save the model again with one of them"
+            )
     for layout in quantization.layouts:
         values, scales = find(layout.values), find(layout.scales)
         if values is not None and values.dtype in layout.dtypes:

@@ -79,7 +79,7 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         **{name: name for name in ("olmo2", "stablelm", "smollm3", "starcoder2", "gpt2")},
         **{name: name for name in ("falcon", "bloom", "mpt")},
         "mistral": "llama",
-        "gemma3_text": "gemma3",
+        **dict.fromkeys(("gemma3_text", "gemma3"), "gemma3"),
         "cohere": "command-r",
         "phi": "phi2",
         "gpt_neox": "gptneox",
@@ -166,7 +166,9 @@ def read_gguf(path: Path) -> GgufFile:
         ModelError: not a GGUF file, truncated, malformed or without tensors.
     """
     header = read_gguf_header(path)
-    if header.settings.get("split.count", 1) != 1:
+    parts = header.settings.get("split.count", 1)
+    # Parts that llama-gguf-split joined have a count of 0.
+    if not isinstance(parts, int) or parts > 1:
         raise RouteError(
             f"{path}: a part of a split model; join the parts first (llama-gguf-split --merge)"
         )

@@ -136,6 +136,7 @@ def test_scale_is_a_factor_on_gamma(tiny_model: Callable[..., Any]) -> None:
         ([2], [0], [1.0], "layer 2 outside the model's 2 layers"),
         ([-1], [0], [1.0], "layer -1 outside"),
         ([0, 0], [5, 5], [1.0, 2.0], "unit 5 is given 2 times"),
+        (0, 5, 1.0, r"expected lists .* arrays of shape \(\), \(\), \(\)"),
         ([0, 0], [5], [1.0], "equally many layers, units and gammas, got 2, 1, 1"),
         ([0], [5], [float("nan")], "NaN or infinity"),
         ([], [], [], "at least one steered unit"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,24 @@ def test_a_copy_made_while_steered_is_no_base(tiny_model: TinyModel) -> None:
     check_bare(model, "fit")
     with pytest.raises(ModelError, match="copied while an adapter was attached"):
         check_bare(steered, "fit")
+    with (
+        pytest.raises(ModelError, match="attached: the model was copied while"),
+        some_adapter(model).attached(steered),
+    ):
+        pass
+    with some_adapter(model).attached(model), some_adapter(model, 0.25).attached(model):
+        pass
+
+
+def test_a_model_steered_in_code_is_no_base(tiny_model: TinyModel, tmp_path: Path) -> None:
+    from austeer.adapters import load_steered
+    from austeer.exporter.code_export import export_code
+
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    export_code(tmp_path / "base", some_adapter(model), tmp_path / "steered")
+    with pytest.raises(ModelError, match="localize: the model is steered in code"):
+        check_bare(load_steered(tmp_path / "steered"), "localize")
 
 
 def test_autocast_changes_no_score(tiny_model: TinyModel, tiny_tokenizer: Any) -> None:

@@ -27,6 +27,7 @@ from austeer.adapters import (
     SteeringAdapter,
     load_model,
     load_steered,
+    load_tokenizer,
 )
 from austeer.adapters import modeling_austeer as code
 from austeer.adapters import steered_format as form
@@ -257,7 +258,7 @@ def test_strength_at_run_time(product: Any) -> None:
     assert torch.equal(logits(asked), attached(model, adapter, 0.25))
 
 
-def test_replaced_modules_are_steered_once_they_are_attached_again(product: Any) -> None:
+def test_replaced_modules_are_steered(product: Any) -> None:
     model, adapter, folder = product("llama", "attention")
     steered, expected = load_steered(folder), attached(model, adapter)
     steered.attach_steering()
@@ -266,9 +267,47 @@ def test_replaced_modules_are_steered_once_they_are_attached_again(product: Any)
         old = layer.self_attn.o_proj
         layer.self_attn.o_proj = nn.Linear(old.in_features, old.out_features, bias=False)
         layer.self_attn.o_proj.weight = old.weight
-    assert not torch.equal(logits(steered), expected)
-    steered.attach_steering()
+    copied = copy.deepcopy(steered)
     assert torch.equal(logits(steered), expected)
+    assert torch.equal(logits(copied), expected)
+    with torch.no_grad():
+        steered.model.layers[0].self_attn.o_proj.weight.zero_()
+    assert not torch.equal(logits(steered), expected), "that module is the one in use"
+
+
+@pytest.mark.parametrize("component", ["attention", "ffn", "layer"])
+def test_peft_comes_and_goes(component: str, product: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model, adapter, folder = product("llama", component)
+    steered, expected = load_steered(folder), attached(model, adapter)
+    config = peft.LoraConfig(target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(steered, config)
+    assert torch.equal(logits(wrapped), expected), "a new LoRA changes nothing"
+    assert torch.equal(logits(wrapped.merge_and_unload()), expected)
+
+
+def test_hidden_states_are_those_that_layers_read(product: Any) -> None:
+    model, adapter, folder = product("llama", "layer")
+    steered = load_steered(folder)
+    read: list[Any] = []
+    for one in (model, steered):
+        # transformers collects through hooks that stay from the first time on.
+        one(IDS, output_hidden_states=True)
+        one.model.layers[1].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    steered.attach_steering()
+    with adapter.attached(model):
+        found = model(IDS, output_hidden_states=True).hidden_states[1]
+    also = steered(IDS, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(found, read[0]) and torch.equal(also, read[1])
+    assert torch.equal(found, also)
+
+
+def test_a_config_that_was_replaced_has_the_strength(product: Any) -> None:
+    model, adapter, folder = product("llama", "ffn", 0)
+    steered = load_steered(folder)
+    steered.config = copy.deepcopy(steered.config)
+    steered.steering_scale = 0.25
+    assert torch.equal(logits(steered), attached(model, adapter, 0.25))
 
 
 def test_a_wrapped_module_is_steered_once(product: Any) -> None:
@@ -436,3 +475,28 @@ def test_a_steered_model_is_not_steered_again(product: Any) -> None:
 def test_a_plain_checkpoint_is_no_steered_one(saved_model: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match=r"'llama', expected 'austeer_steered'.*load_model"):
         load_steered(saved_model("llama"))
+
+
+def test_its_tokenizer_is_the_bases(product: Any) -> None:
+    """By the model type transformers may take another class than the files name."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model, adapter, folder = product("olmo2", "ffn", 0)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: n for n, piece in enumerate([*letters, "</s>", "12", "123"])}
+    core = Tokenizer(models.BPE(vocab, [("1", "2"), ("12", "3")]))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel()]
+    )
+    core.decoder = decoders.ByteLevel()
+    base, steered = folder.parent / "named", folder.parent / "again"
+    model.save_pretrained(base)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(base)
+    path = base / "tokenizer_config.json"
+    named = json.loads(path.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    path.write_text(json.dumps(named))
+    export_code(base, adapter, steered)
+    wanted, found = load_tokenizer(base), load_tokenizer(steered)
+    assert type(found) is type(wanted)
+    assert found("in 1234 days")["input_ids"] == wanted("in 1234 days")["input_ids"]

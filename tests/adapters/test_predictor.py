@@ -23,6 +23,14 @@ def test_phi_is_one_without_evidence() -> None:
     assert untrained.rank == 2
 
 
+def test_numbers_are_those_that_are_saved() -> None:
+    parts = [part.astype(np.float64) / 3 for part in random_parts()]
+    predictor = Predictor(*parts)
+    for name, part in zip("VbU", parts, strict=True):
+        found = getattr(predictor, name)
+        assert found.dtype == np.float32 and np.array_equal(found, part.astype(np.float32))
+
+
 def test_phi_is_the_documented_formula() -> None:
     V, b, U = random_parts()
     x = np.random.default_rng(1).normal(size=5)

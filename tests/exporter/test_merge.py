@@ -286,6 +286,10 @@ def _pickle_only(base: Path) -> None:
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
 
 
+def _gguf_only(base: Path) -> None:
+    (base / "model.safetensors").rename(base / "model-Q8_0.gguf")
+
+
 def _quantize(base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}
@@ -298,6 +302,7 @@ def _quantize(base: Path) -> None:
         (_truncate, ModelError, "corrupt or truncated"),
         (_drop_weights, ModelError, "found no weights"),
         (_pickle_only, ModelError, "only pickle weights"),
+        (_gguf_only, ModelError, r"only GGUF weights; .* name model-Q8_0\.gguf"),
         (_quantize, RouteError, "quantized"),
         (lambda b: (b / "config.json").unlink(), ModelError, "config.json: cannot read it"),
         (lambda b: (b / "config.json").write_text("{"), ModelError, "not valid JSON"),

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from austeer.adapters import ContrastivePair, FitError, SteeringAdapter
+from austeer.adapters import (
+    AdapterError,
+    ContrastivePair,
+    FitError,
+    PairsError,
+    SteeringAdapter,
+)
+from austeer.adapters.composition import budget
 from austeer.adapters.composition.budget import combine_within_budget, largest_factor
 from austeer.adapters.fitting.candidates import HEADROOM
 from austeer.adapters.measurement.measure import KLMeter
@@ -184,3 +191,27 @@ def test_bad_budget(tiny_model: Callable[..., Any], tiny_tokenizer: Any, budget:
     model = tiny_model("llama")
     with pytest.raises(FitError, match="KL budget: expected a positive number"):
         combine_within_budget(pair_of(model), model, tiny_tokenizer, kl_budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weights": 0.5}, AdapterError, "weights 0.5: expected a list"),
+        ({"pairs": [1]}, FitError, "pairs: expected lists by behaviour's name, got list"),
+        ({"pairs": {"mood": []}}, FitError, "pairs of mood: expected at least one"),
+        ({"pairs": {"mood": ["pair"]}}, PairsError, "ContrastivePair objects, got str"),
+    ],
+)
+def test_what_is_no_list_costs_no_search(
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    adapter = SteeringAdapter.from_units(model, "ffn", [0], [1], [0.5])
+    monkeypatch.setattr(budget, "largest_factor", lambda *_: pytest.fail("too late"))
+    with pytest.raises(error, match=message):
+        combine_within_budget([adapter], model, tiny_tokenizer, **options)

@@ -273,6 +273,14 @@ def test_no_effect_and_failures_leave_nothing(
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
 
 
+def test_parts_that_were_joined_are_one_file(
+    base: Callable[..., GgufModel], model: Any, out: Path
+) -> None:
+    """As llama-gguf-split --merge writes it."""
+    merge_gguf(base("Q8_0", settings={"split.count": 0}).path, adapter_for(model), out)
+    assert out.is_file()
+
+
 def test_split_files_are_refused(base: Callable[..., GgufModel], model: Any, out: Path) -> None:
     with pytest.raises(RouteError, match="join the parts first"):
         merge_gguf(base("Q8_0", settings={"split.count": 2}).path, adapter_for(model), out)

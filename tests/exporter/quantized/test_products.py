@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -14,10 +15,21 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from gguf_models import write_gguf
-from quantized_models import dequantized, quantize_folder, read_safetensors
+from quantized_models import (
+    dequantized,
+    quantize_folder,
+    read_safetensors,
+    write_safetensors,
+)
 from requirements import need
 
-from austeer.adapters import OutputError, RouteError, SteeringAdapter
+from austeer.adapters import (
+    OutputError,
+    Predictor,
+    RouteError,
+    SteeringAdapter,
+    Strength,
+)
 from austeer.adapters.attach import steering_hooks
 from austeer.exporter.cli import cli
 from austeer.exporter.copying import copy_file
@@ -139,6 +151,57 @@ def test_without_verification_the_row_says_so(
     merged = run("merge", base, adapter("ffn"), "-o", tmp_path / "out", "--json", "--no-verify")
     row = json.loads(merged.stdout)
     assert not row["verified"] and PROOF not in row["notes"] and len(row["notes"]) == 2
+
+
+def with_predictors(adapter: SteeringAdapter, model: Any) -> SteeringAdapter:
+    """The same units and γ, which a predictor of its own scales at each site."""
+    draw = np.random.default_rng(0).normal
+    sites = []
+    for site in adapter.sites:
+        k = len(site.index)
+        predictor = Predictor(draw(size=(k, 1)), np.zeros(1), draw(size=(1, k)))
+        sites.append(dataclasses.replace(site, predictor=predictor))
+    return SteeringAdapter.from_sites(model, sites, Strength.ADAPTIVE)
+
+
+@pytest.mark.parametrize("product", ["gptq", "gguf", "half"])
+def test_an_adapter_that_cannot_fold_is_in_no_fold(
+    product: str,
+    gguf_base: Path,
+    saved_model: Callable[..., Path],
+    adapter: Callable[[str], str],
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    base, out = gguf_base, tmp_path / "out.gguf"
+    if product != "gguf":
+        base, out = saved_model("llama"), tmp_path / "out"
+        quantize_folder(base, "gptq", ("proj",) if product == "gptq" else ("q_proj",))
+    folded = adapter("ffn")
+    assert run("merge", base, folded, "-o", out).exit_code == 0
+    assert run("verify", out, "--base", base, "--adapter", folded).exit_code == 0
+    behind = adapter_for(tiny_model("llama"), "layer")
+    adaptive = with_predictors(adapter_for(tiny_model("llama")), tiny_model("llama"))
+    for name, made in (("behind", behind), ("adaptive", adaptive)):
+        made.save_pretrained(tmp_path / name)
+        text = refused(run("verify", out, "--base", base, "--adapter", tmp_path / name))
+        assert "no weight can absorb" in text
+
+
+def test_a_quantized_base_is_not_compared(base: Path, adapter: Callable[[str], str]) -> None:
+    text = refused(run("show", adapter("ffn"), "--base", base))
+    assert "weights are quantized" in text and "name the unquantized model" in text
+
+
+def test_a_tensor_under_two_names_is_refused(
+    base: Path, adapter: Callable[[str], str], tmp_path: Path
+) -> None:
+    tensors = read_safetensors(base / "model.safetensors")
+    name = f"{DOWN.format(0)}.scales"
+    again = {name.removeprefix("model."): tensors[name]}
+    write_safetensors(base / "model.safetensors", {**tensors, **again})
+    text = refused(run("merge", base, adapter("ffn"), "-o", tmp_path / "out"))
+    assert "a second time" in text and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("component", ["attention", "neuron"])
