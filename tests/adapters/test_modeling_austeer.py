@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from plain_steering import random_adapter
-from reference import MODEL_TYPES
+from reference import MODEL_TYPES, TRANSFORMERS_4
 from samples import random_site
 from steering_formula import steer_of
 from torch import Tensor, nn
@@ -286,6 +286,7 @@ def test_peft_comes_and_goes(component: str, product: Any) -> None:
     assert torch.equal(logits(wrapped.merge_and_unload()), expected)
 
 
+@pytest.mark.skipif(TRANSFORMERS_4, reason="4.57 collects inside of each layer's forward")
 def test_hidden_states_are_those_that_layers_read(product: Any) -> None:
     model, adapter, folder = product("llama", "layer")
     steered = load_steered(folder)
