@@ -161,8 +161,9 @@ def _type_of_base(folder: Path) -> dict[str, Any]:
     config = read_json(path, ModelError, "fetch it again") if path.is_file() else {}
     if config.get("model_type") != STEERED_TYPE:
         return {}
-    base = config.get("steering", {}).get("base_model_type")
-    return {"config": AutoConfig.for_model(base)}
+    steering = config.get("steering")
+    base = steering.get("base_model_type") if isinstance(steering, dict) else None
+    return {"config": AutoConfig.for_model(str(base))}
 
 
 def _check_folder(folder: Path) -> None:
