@@ -124,22 +124,22 @@ def transformed(model: nn.Module, hookpoint: Hookpoint, steer: Steer) -> Iterato
         handle = module.register_forward_pre_hook(partial(_change_input, steer))
     else:
         handle = module.register_forward_hook(partial(_change_output, steer))
-        _steering_first(module)
+        _collect_last(module)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _steering_first(module: nn.Module) -> None:
-    """Run hooks that steer, in their order, before others: those collect hidden states."""
+def _collect_last(module: nn.Module) -> None:
+    """Run the hooks by which transformers collects hidden states behind those that steer."""
     hooks: Any = module._forward_hooks
-    for key in reversed([key for key, hook in hooks.items() if _steers(hook)]):
-        hooks.move_to_end(key, last=False)
+    for key in [key for key, hook in hooks.items() if _collects(hook)]:
+        hooks.move_to_end(key)
 
 
-def _steers(hook: object) -> bool:
-    return getattr(hook, "func", None) in (_change_input, _change_output)
+def _collects(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _change_input(steer: Steer, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -154,7 +154,7 @@ def _change_output(steer: Steer, _: nn.Module, __: tuple[Any, ...], output: Any)
 def is_transformed(model: nn.Module) -> bool:
     """Whether hooks of `transformed` are on a module, also on a copy of a steered model."""
     return any(
-        _steers(hook)
+        getattr(hook, "func", None) in (_change_input, _change_output)
         for module in model.modules()
         for hooks in (module._forward_pre_hooks, module._forward_hooks)
         for hook in hooks.values()
