@@ -18,11 +18,6 @@ from austeer.adapters._errors import AdapterError, ModelError
 if TYPE_CHECKING:
     from austeer.adapters.adapter import SteeringAdapter
 
-_COPIED = (
-    "the model was copied while an adapter was attached, and stays steered; copy it outside of "
-    "that context"
-)
-
 _attached: WeakKeyDictionary[nn.Module, list[SteeringAdapter]] = WeakKeyDictionary()
 
 
@@ -34,13 +29,10 @@ def attachment(model: nn.Module, adapter: SteeringAdapter, scale: object) -> Ite
         AdapterError: it is there already, or `scale` is no finite number.
         ModelError: the model was copied while steered, so that it stays so.
     """
-    from austeer.adapters.attach import is_transformed
-
     if not (isinstance(scale, Real) and math.isfinite(scale)):
         raise AdapterError(f"attached: scale {scale!r}: expected a finite number")
+    _refuse_copy(model, "attached")
     present = _attached.setdefault(_original(model), [])
-    if not present and is_transformed(model):
-        raise ModelError(f"attached: {_COPIED}")
     if any(one is adapter or _same_gains(one, adapter) for one in present):
         raise AdapterError(
             "this adapter is attached to the model already, and its gains would multiply; use "
@@ -67,15 +59,12 @@ def check_bare(model: nn.Module, purpose: str) -> None:
             or prompts of peft are in it, or it is compiled.
     """
     check_module(model, purpose)
-    from austeer.adapters.attach import is_transformed
-
     if hasattr(model, "steering_scale"):
         raise ModelError(
             f"{purpose}: the model is steered in code, and its activations are not the base's; "
             "load its base"
         )
-    if is_transformed(model) and not _attached.get(_original(model)):
-        raise ModelError(f"{purpose}: {_COPIED}")
+    _refuse_copy(model, purpose)
     if _attached.get(_original(model)):
         raise ModelError(
             f"{purpose}: an adapter is attached to the model, which would be taken for its "
@@ -96,6 +85,16 @@ def check_bare(model: nn.Module, purpose: str) -> None:
     if hasattr(model, "_orig_mod"):
         raise ModelError(
             f"{purpose}: expected a model, got what torch.compile made of it; hand in the first"
+        )
+
+
+def _refuse_copy(model: nn.Module, purpose: str) -> None:
+    from austeer.adapters.attach import is_transformed
+
+    if is_transformed(model) and not _attached.get(_original(model)):
+        raise ModelError(
+            f"{purpose}: the model was copied while an adapter was attached, and stays "
+            "steered; copy it outside of that context"
         )
 
 

@@ -173,14 +173,23 @@ def stored_shape(
     architecture: Architecture, tensors: Mapping[str, TensorEntry], name: str
 ) -> tuple[int, ...] | None:
     """Shape of the module tensor `name` in a checkpoint, None where it is not stored."""
-    names = _names(architecture, name, tensors)
+    names = stored_names(architecture, name, tensors)
     return tensors[names[0]].shape if names else None
 
 
-def _names(
+def stored_names(
     architecture: Architecture, name: str, tensors: Mapping[str, TensorEntry]
 ) -> list[str]:
+    """The names under which a checkpoint holds the tensor `name`: one, if all is well."""
     return [stored for stored in architecture.disk_names(name) if stored in tensors]
+
+
+def stands_twice(names: Sequence[str]) -> str:
+    """Why a tensor of several names must not be edited: a loader takes one of them."""
+    return (
+        f"{names[0]} stands in the checkpoint a second time as {names[1]}; "
+        "save the model again with one of them"
+    )
 
 
 def _find(
@@ -190,7 +199,7 @@ def _find(
     shared: Mapping[str, tuple[str, ...]],
 ) -> TensorEntry | str:
     """The stored tensor of `name`, or why it must not be edited."""
-    names = _names(architecture, name, tensors)
+    names = stored_names(architecture, name, tensors)
     candidates = names or architecture.disk_names(name)
     partners = sorted({other for stored in candidates for other in shared.get(stored, ())})
     if partners:
@@ -201,10 +210,7 @@ def _find(
     if not names:
         return f"{name} is not in the checkpoint; is it the adapter's base model?"
     if len(names) > 1:
-        return (
-            f"{names[0]} stands in the checkpoint a second time as {names[1]}; "
-            "save the model again with one of them"
-        )
+        return stands_twice(names)
     if tensors[names[0]].dtype not in FOLDABLE_DTYPES:
         return (
             f"{names[0]} is stored as {tensors[names[0]].dtype}, a fold needs one of "

@@ -191,16 +191,15 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
     """
     if weights is None:
         return (1.0,) * count
-    whole: object = weights
-    if isinstance(whole, str) or not isinstance(whole, Sequence | np.ndarray):
+    given: object = weights
+    if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
         raise AdapterError(
             f"combine: weights {weights!r}: expected a list, one number an adapter"
         )
-    if len(weights) != count:
+    if len(given) != count:
         raise AdapterError(
-            f"combine: expected one weight for each of {count} adapters, got {len(weights)}"
+            f"combine: expected one weight for each of {count} adapters, got {len(given)}"
         )
-    given: Sequence[object] = weights
     for weight in given:
         if not (isinstance(weight, Real) and math.isfinite(weight)):
             raise AdapterError(f"combine: weight {weight!r}: expected a finite number")

@@ -23,6 +23,7 @@ from austeer.adapters._errors import ModelError, RouteError
 from austeer.adapters._files import read_json
 from austeer.adapters.architectures import Architecture
 from austeer.adapters.tensors import TensorEntry
+from austeer.exporter.plan import stands_twice, stored_names
 
 REMEDY = "fold the unquantized model and quantize the result"
 SCALE_DTYPES = ("F32", "F16", "BF16")
@@ -103,8 +104,7 @@ def row_scales(
     """Where the scales of `module` are; why not; or None where it is stored unquantized."""
 
     def stored(part: str) -> list[str]:
-        names = architecture.disk_names(f"{module}.{part}")
-        return [name for name in names if name in tensors]
+        return stored_names(architecture, f"{module}.{part}", tensors)
 
     def find(part: str) -> TensorEntry | None:
         return next((tensors[name] for name in stored(part)), None)
@@ -112,10 +112,7 @@ def row_scales(
     parts = {part for layout in quantization.layouts for part in (layout.values, layout.scales)}
     for part in sorted({*parts, "bias"}):
         if len(names := stored(part)) > 1:
-            return (
-                f"{names[0]} stands in the checkpoint a second time as {names[1]}; "
-                "save the model again with one of them"
-            )
+            return stands_twice(names)
     for layout in quantization.layouts:
         values, scales = find(layout.values), find(layout.scales)
         if values is not None and values.dtype in layout.dtypes:

@@ -20,6 +20,7 @@ from austeer.exporter.plan import (
     TensorEdit,
     gain_of,
     plan_fold,
+    stored_names,
     stored_shape,
 )
 from austeer.exporter.quantized.formats import REMEDY, Quantization, RowScales, row_scales
@@ -147,8 +148,8 @@ def bias_entry(
 ) -> TensorEntry | None:
     """The bias of a site's projection, None where it has none."""
     name = f"{adapter.architecture.projection(steered.site)}.bias"
-    names = adapter.architecture.disk_names(name)
-    return next((tensors[stored] for stored in names if stored in tensors), None)
+    names = stored_names(adapter.architecture, name, tensors)
+    return tensors[names[0]] if names else None
 
 
 def _scales_of(

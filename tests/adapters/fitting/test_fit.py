@@ -59,16 +59,20 @@ def demo() -> Fits:
     return Fits(load_model(folder), load_tokenizer(folder), make_splits(pairs, test))
 
 
-@pytest.fixture
-def tiny(tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Fits:
-    """Random weights, whose fits are quick and count as a success: for tests that compare."""
-    monkeypatch.setattr("austeer.adapters.fitting.fit.no_effect_reason", lambda *_: None)
-    pairs = [
+def mood_pairs() -> list[ContrastivePair]:
+    """Pairs in the words of the tiny tokenizer."""
+    return [
         ContrastivePair(f"{name} {verb}", " happy", " sad", where=f"p:{name}{verb}")
         for name in NAMES
         for verb in ("was", "felt", "went", "and")
     ]
-    return Fits(tiny_model("llama"), tiny_tokenizer, make_splits(pairs))
+
+
+@pytest.fixture
+def tiny(tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Fits:
+    """Random weights, whose fits are quick and count as a success: for tests that compare."""
+    monkeypatch.setattr("austeer.adapters.fitting.fit.no_effect_reason", lambda *_: None)
+    return Fits(tiny_model("llama"), tiny_tokenizer, make_splits(mood_pairs()))
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +247,7 @@ def test_too_few_pairs_to_choose_by_are_refused(demo: Fits) -> None:
 
 def test_dropout_is_off_while_fitting(tiny_model: Any, tiny_tokenizer: Any) -> None:
     """With dropout on, the model would differ from itself and no budget could be kept."""
-    pairs = [
-        ContrastivePair(f"{name} {verb}", " happy", " sad", where=f"p:{name}{verb}")
-        for name in NAMES
-        for verb in ("was", "felt", "went", "and")
-    ]
+    pairs = mood_pairs()
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
     try:
         _, report = fit_strength(
